@@ -1,0 +1,38 @@
+# make demo: install, prepare the embedded corpus, train on it, sample.     make test: install, check, test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/python data/pydocs/prepare.py
+	$(BIN)/python train.py config/pydocs.py
+	@echo; echo "Three texts by the model:"; echo
+	$(BIN)/python sample.py --out_dir=out/pydocs --num_samples=3 --max_new_tokens=400
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plainGPT needs Python 3.11 or later")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache out data/*/*.bin data/*/meta.json data/*/tokenizer.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
