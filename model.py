@@ -1,0 +1,456 @@
+"""A GPT in one file: token ids in, logits and a loss out.
+
+Notable:
+- one modern default (RoPE, RMSNorm, QK-norm, SwiGLU, no biases: the Qwen3 shape), the classic parts one option away;
+- attention twice behind one function: the textbook softmax written out, and PyTorch's fused kernel; they agree;
+- one mask function for causal, padded, packed and unmasked attention;
+- a KV cache in which every row of the batch has its own length;
+- nothing here knows about files, devices, processes or tokenizers.
+
+Shapes: B batch, T time (queries), S time (keys), C = n_embd, H heads, K key/value heads, D = head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100  # a target with this value is not counted in the loss
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256  # longest context, in tokens
+    vocab_size: int = 0  # number of token ids; 0 = as many as the tokenizer of the corpus has
+    n_layer: int = 6  # transformer blocks
+    n_head: int = 6  # query heads
+    n_kv_head: int = 0  # key/value heads shared by groups of query heads; 0 = n_head
+    n_embd: int = 384  # width of the residual stream
+    head_dim: int = 0  # width of one head; 0 = n_embd / n_head
+    mlp_dim: int = 0  # hidden width of the MLP; 0 = 4 n_embd, for swiglu 8/3 n_embd (the same number of weights)
+    dropout: float = 0.0  # probability of dropping an activation in training
+    bias: bool = False  # biases in linear layers and LayerNorms
+    causal: bool = True  # each token sees only its past; False = both directions, as in BERT
+    position: str = "rope"  # rope | learned | sinusoidal | alibi | none
+    rope_theta: float = 10000.0  # base of the RoPE wavelengths; larger for longer contexts
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6  # added to the variance before its root is taken
+    qk_norm: bool = True  # normalise queries and keys in each head, before the rotation
+    mlp: str = "swiglu"  # swiglu | gelu | relu2
+    tie_embeddings: bool = True  # the output head shares the token embedding's weights
+    norm_head: bool = False  # unit-length rows in the output head (NormHead of Baichuan 2)
+    attention: str = "flash"  # flash = the fused kernel | math = the softmax written out
+    label_smoothing: float = 0.0  # training: share of the target probability spread over the whole vocabulary
+    max_z_loss: float = 0.0  # training: weight of (largest logit)^2; Baichuan 2 used 2e-4
+
+    def __post_init__(self):
+        for name, allowed in {
+            "position": ("rope", "learned", "sinusoidal", "alibi", "none"),
+            "norm": ("rmsnorm", "layernorm"),
+            "mlp": ("swiglu", "gelu", "relu2"),
+            "attention": ("flash", "math"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("vocab_size", "n_kv_head", "head_dim", "mlp_dim", "max_z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), or head_dim be set")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"RoPE turns pairs of channels, so head_dim must be even, not {self.head_dim}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal positions come in sine-cosine pairs: n_embd must be even, not {self.n_embd}")
+        # 8/3 n_embd to the nearest multiple of 64: the three matrices of swiglu weigh what the two of gelu do
+        swiglu_dim = max(1, round(self.n_embd * 8 / 3 / 64)) * 64
+        self.mlp_dim = self.mlp_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles t·θ^(-2i/D), each (length, D/2) [Su et al. 2021, section 3.2.2]."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: turn each pair (x_i, x_{i+D/2}) by its position's angle.
+
+    x: (B, H, T, D); cos, sin: (T, D/2) or (B, 1, T, D/2), from `rope_table` [Su et al. 2021, eq. 34].
+    Only the difference of two positions survives in q·k, which is the point.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def sinusoidal_table(length: int, n_embd: int) -> Tensor:
+    """Sines in even channels, cosines in odd ones: (length, C) [Vaswani et al. 2017, section 3.5]."""
+    cos, sin = rope_table(length, n_embd, 10000.0)
+    return torch.stack((sin, cos), dim=-1).flatten(1)
+
+
+def alibi_slopes(n_head: int) -> Tensor:
+    """How steeply each head's attention falls with distance: (H,), 2^(-8h/H) for h = 1…H.
+
+    A number of heads that is no power of two takes the slopes of the power below it, and then every second one of
+    the power above, as the authors' code does [Press et al. 2022, section 3].
+    """
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power, 2)]
+    return torch.tensor(slopes[:n_head])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_mask(
+    T: int, S: int, *, causal: bool = True, slots: Tensor | None = None, padding: Tensor | None = None,
+    documents: Tensor | None = None, device: torch.device | None = None,
+) -> Tensor | str | None:  # fmt: skip
+    """Who may look at whom: query i at key j, for every way of masking.
+
+    causal: only at j <= i. slots: (B, T) the columns where the queries stand; by default the last T of the S.
+    padding: (B, S) True where a key is a real token. documents: (B, T) numbers; a packed row's tokens see only
+    those with their own number (T = S).
+    Returns None when everything is visible, "causal" when that is the whole truth (the kernel then needs no mask),
+    else booleans (B or 1, 1, T, S), True = visible.
+    """
+    if padding is None and documents is None:
+        if not causal or (slots is None and T == 1):
+            return None
+        if slots is None and T == S:
+            return "causal"
+    mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
+    if causal:
+        i = torch.arange(S - T, S, device=device) if slots is None else slots
+        mask = torch.arange(S, device=device) <= i.view(-1, T, 1)
+    if padding is not None:
+        mask = mask & padding[:, None, :]
+    if documents is not None:
+        mask = mask & (documents[:, :, None] == documents[:, None, :])
+    return mask.unsqueeze(1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None = None, *, dropout: float = 0.0, kind: str = "flash"
+) -> Tensor:
+    """softmax(QKᵀ/√D + M)·V [Vaswani et al. 2017, eq. 1]; the same for self- and cross-attention.
+
+    q: (B, H, T, D); k, v: (B, K, S, D), each key/value head serving H/K query heads.
+    mask: None, "causal" (T = S), booleans (True = visible) or numbers M to add, broadcastable to (B, H, T, S).
+    A query that may look at nothing gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
+    "flash" fuses it, and never holds them. Returns (B, H, T, D).
+    """
+    if k.size(1) != q.size(1):  # grouped-query attention [Ainslie et al. 2023]
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    dead = None
+    if isinstance(mask, Tensor):
+        # A softmax over nothing is 0/0. Such a row is let look anywhere, and what it saw is taken away below.
+        dead = (~mask if mask.dtype == torch.bool else mask == -torch.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(dead, True)
+
+    if kind == "flash":
+        causal, M = isinstance(mask, str), mask if isinstance(mask, Tensor) else None
+        M = M.to(q.dtype) if M is not None and M.is_floating_point() else M
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=causal, dropout_p=dropout)
+    else:
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+        if isinstance(mask, str):
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
+    return y if dead is None else y.masked_fill(dead, 0)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for every layer: two tensors (n_layer, B, K, max_length, D).
+
+    Row b's first `lengths[b]` slots are real. Prompts of different lengths are read as one right-padded batch: the
+    padding lands in slots that no query of that row can see, and that its next tokens overwrite.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.longest = 0  # = lengths.max(), known without asking the device
+        self.ragged = False  # do the lengths differ?
+
+    def slots(self, T: int) -> Tensor:
+        """The slots (B, T) that the next T tokens of each row will take."""
+        if self.longest + T > self.k.size(3):
+            raise ValueError(f"the cache holds {self.k.size(3)} tokens: {self.longest} are in, {T} more do not fit")
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of one layer; return all there is of it, (B, K, S, D)."""
+        T = k.size(2)
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.ragged:
+                rows = torch.arange(new.size(0), device=new.device)[:, None]
+                store[rows, :, slots] = new.transpose(1, 2).to(store.dtype)
+            else:
+                store[:, :, self.longest : self.longest + T] = new
+        S = self.longest + T
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def advance(self, T: int, lengths: list[int] | None = None) -> None:
+        """Count the T tokens just read as real, or only the first lengths[b] of them in row b."""
+        if lengths is None:
+            self.lengths += T
+            self.longest += T
+        else:
+            self.lengths += torch.tensor(lengths, device=self.lengths.device)
+            now = self.lengths.tolist()
+            self.longest, self.ragged = max(now), min(now) != max(now)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class Norm(nn.Module):
+    """RMSNorm x/√(mean(x²)+ε)·w [Zhang & Sennrich 2019, eq. 4], or LayerNorm (x-mean)/√(var+ε)·w+b [Ba et al. 2016]."""
+
+    def __init__(self, config: GPTConfig, dim: int):
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias and config.norm == "layernorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "layernorm":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+
+
+class Attention(nn.Module):
+    """Self-attention: project to queries, keys and values, place them, mix, project back."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        H, K, D = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias)  # one product is faster than three
+        self.out = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope, mask, cache: KVCache | None, slots: Tensor | None) -> Tensor:
+        config = self.config
+        B, T, _ = x.shape
+        H, K, D = config.n_head, config.n_kv_head, config.head_dim
+        q, k, v = self.qkv(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, slots)
+        y = attention(q, k, v, mask, dropout=config.dropout if self.training else 0.0, kind=config.attention)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+class MLP(nn.Module):
+    """Two layers per token: W₂·gelu(W₁x), W₂·relu(W₁x)² [So et al. 2021], or W₂·(silu(W₀x)⊙W₁x) [Shazeer 2020]."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind = config.mlp
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.up = nn.Linear(config.n_embd, gates * config.mlp_dim, bias=config.bias)  # swiglu: gate and up, stacked
+        self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(x, approximate="tanh") if self.kind == "gelu" else F.relu(x).square())
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): each part adds its word to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm_attention, self.attention = Norm(config, config.n_embd), Attention(config, layer)
+        self.norm_mlp, self.mlp = Norm(config, config.n_embd), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope, mask, cache: KVCache | None, slots: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_attention(x), rope, mask, cache, slots))
+        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) → logits (B, T, V), and a loss when targets are given."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("vocab_size must be set to build a model: the number of token ids")
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = Norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.tok_emb.weight
+        self.dropout = nn.Dropout(config.dropout)
+        # Tables are recomputed from the config, never saved.
+        if config.position == "learned":
+            self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
+        elif config.position == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoidal_table(config.block_size, config.n_embd), persistent=False)
+        elif config.position == "alibi":
+            self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
+        elif config.position == "rope":
+            cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The table below: which weights start as what. Normal distributions, given by their standard deviation.
+
+        The layers that write to the residual stream start smaller, so that its variance does not grow with depth
+        [GPT-2 report, section 2.3]. Biases start at 0, norm weights at 1.
+        """
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        std = {
+            "tok_emb": 0.02, "pos_emb": 0.02,
+            "qkv": 0.02, "out": residual,
+            "up": 0.02, "down": residual,
+            "head": 0.02,
+        }  # fmt: skip
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not (name == "head" and self.config.tie_embeddings):
+                nn.init.normal_(module.weight, std=std[name.rsplit(".")[-1]])
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, positions: Tensor | None = None,
+        padding: Tensor | None = None, documents: Tensor | None = None, cache: KVCache | None = None,
+        lengths: list[int] | None = None, last_only: bool = False, target_count: Tensor | int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Logits (B, T, V) for idx (B, T), and the mean loss over targets (B, T) that are not IGNORE.
+
+        positions: (B, T) or (T,), where 0, 1, 2… from each row's start will not do (packing). padding, documents:
+        see `attention_mask`. cache: read idx as the continuation of what it holds, and add it; lengths: then, how many
+        tokens of each right-padded row are real. last_only: logits of each row's last real token only, (B, 1, V).
+        target_count: divide the summed loss by this instead of by the number of counted targets (a step's micro-batches
+        then add up to one mean). ValueError: more tokens than block_size, or than the cache can hold.
+        """
+        B, T = idx.shape
+        slots = None
+        if cache is None:
+            S = T
+            causal = self.config.causal
+            mask = attention_mask(T, S, causal=causal, padding=padding, documents=documents, device=idx.device)
+        else:
+            S = cache.longest + T
+            slots = cache.slots(T)
+            # One token after a past of even length sees all of it; an empty cache is plain causal attention.
+            even = not cache.ragged and (T == 1 or cache.longest == 0)
+            mask = attention_mask(T, S, slots=None if even else slots, device=idx.device)
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit into block_size={self.config.block_size}; pass fewer")
+        if positions is None:
+            positions = slots
+        x, rope, mask = self.embed(idx, positions, mask, slots, S)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache, slots)
+        if cache is not None:
+            cache.advance(T, lengths)
+        if last_only:
+            last = torch.full((B,), T - 1) if lengths is None else torch.tensor(lengths) - 1
+            x = x[torch.arange(B), last].unsqueeze(1)
+        weight = self.head.weight
+        logits = F.linear(self.norm(x), F.normalize(weight, dim=-1) if self.config.norm_head else weight)
+        return logits, None if targets is None else self.loss(logits, targets, target_count)
+
+    def embed(self, idx: Tensor, positions: Tensor | None, mask, slots: Tensor | None, S: int):
+        """Where position enters, scheme by scheme: returns x (B, T, C), RoPE's (cos, sin) or None, and the mask."""
+        T, kind = idx.size(1), self.config.position
+        at = slice(T) if positions is None else positions
+        x, rope = self.tok_emb(idx), None
+        if kind == "learned":
+            x = x + self.pos_emb.weight[at]
+        elif kind == "sinusoidal":  # √C keeps the embedding from drowning in sines [Vaswani et al. 2017, section 3.4]
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoids[at]
+        elif kind == "rope":
+            rope = tuple(table[at] if positions is None or positions.dim() == 1 else table[at].unsqueeze(1)
+                         for table in (self.cos, self.sin))  # fmt: skip
+        elif kind == "alibi":  # no positions: M falls by the head's slope per token of distance
+            i = torch.arange(S - T, S, device=idx.device) if slots is None else slots
+            distance = (i.view(-1, 1, T, 1) - torch.arange(S, device=idx.device)).abs()
+            bias = -self.slopes.view(-1, 1, 1) * distance  # (B or 1, H, T, S)
+            if isinstance(mask, str):
+                mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril()
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        return self.dropout(x), rope, mask
+
+    def loss(self, logits: Tensor, targets: Tensor, target_count: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy, averaged over the targets that are not IGNORE (0 if there are none).
+
+        In training only: label smoothing [Szegedy et al. 2016, section 7], and the max-z loss c·z², z the largest
+        logit of a token, which keeps logits from drifting upwards [Baichuan 2, arXiv 2309.10305, section 2.5].
+        """
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()  # in bf16 the sum over V would be coarse
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
+        if self.config.max_z_loss and self.training:
+            z = logits.amax(-1)
+            loss = loss + self.config.max_z_loss * (z.square() * (targets != IGNORE)).sum()
+        if target_count is None:
+            target_count = (targets != IGNORE).sum().clamp(min=1)
+        return loss / target_count
+
+    def stacked_rows(self) -> dict[str, list[int]]:
+        """Weights that hold several matrices on top of each other, with each one's number of rows."""
+        config = self.config
+        stacks = {"qkv.weight": [config.head_dim * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]}
+        if config.mlp == "swiglu":
+            stacks["up.weight"] = [config.mlp_dim, config.mlp_dim]
+        return {n: rows for n, _ in self.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
+
+    def num_params(self) -> int:
+        """Number of weights; tied ones count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int | None = None) -> int:
+        """Floating-point operations to train on one token of a sequence of T (default block_size), for MFU.
+
+        6 per weight that multiplies (2 forward, 4 backward), and 12·H·D·T per layer for QKᵀ and the sum over V, which
+        by convention counts the masked half too [PaLM, appendix B].
+        """
+        config = self.config
+        weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and not n.endswith("_emb.weight"))
+        weights += config.vocab_size * config.n_embd if config.tie_embeddings else 0  # tied: used as the head
+        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * (T or config.block_size)
