@@ -1,0 +1,24 @@
+"""The demo: English and signatures from Python's own documentation, character by character, 2 minutes on 2 cores.
+
+python data/pydocs/prepare.py makes the corpus from the Python that runs it; nothing is downloaded.
+"""
+
+out_dir = "out/pydocs"
+dataset = "pydocs"
+
+# A small model with a context of a few lines: on a CPU, seeing more text beats having more weights
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+tie_embeddings = False  # 97 characters: a head of its own costs next to nothing
+dropout = 0.0  # one pass over the text: nothing to overfit
+
+batch_size = 8
+max_iters = 1600
+learning_rate = 1e-2
+lr_schedule = "wsd"  # warm up, stay, then fall in a straight line to 0
+decay_fraction = 0.6
+
+eval_interval = 400  # the whole validation split each time
+sample_interval = 400  # and a sample, to watch it learn to spell

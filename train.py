@@ -1,0 +1,424 @@
+"""Train a GPT: config → data → model → loop.
+
+    python train.py config/shakespeare_char_cpu.py --max_iters=500
+    torchrun --nproc_per_node=8 train.py config/gpt2_124m.py
+
+Notable: the step's batch and its dropout are pure functions of (seed, step), so a run that was killed and resumed is
+the run that never stopped; the loss of a step is one mean over all its counted tokens, so neither gradient accumulation
+nor the number of processes changes the gradient; compilation and data parallelism wrap the model from outside.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from common import checkpoint, cli
+from common.config import build, help_text, read_arguments
+from common.dataset import Corpus
+from common.device import Process, autocast, peak_flops, start_process
+from common.log import Log, rewind_log
+from common.optim import SCHEDULES, learning_rate_at, make_optimizers
+from common.tokenizer import FILE_NAME as TOKENIZER_FILE
+from common.tokenizer import Tokenizer
+from model import GPT, IGNORE, GPTConfig
+from sample import generate, prompt_tokens
+
+DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
+USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no config: config/pydocs.py)
+       torchrun --nproc_per_node=N train.py config/x.py [--key=value ...]"""
+
+# What a run that goes on from another's weights may change of its model; any other field would make it another model.
+MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = "out/pydocs"  # the run's folder: config, tokenizer, log, checkpoints
+    dataset: str = "pydocs"  # a prepared corpus: a folder under data/, or any path
+    init_from: str = "scratch"  # scratch | resume (continue out_dir) | another run's folder (start from its weights)
+    seed: int = 1337  # decides initial weights, batches and dropout
+    batch_size: int = 16  # sequences per micro-step
+    gradient_accumulation_steps: int = 1  # micro-steps per step, over all processes together
+    max_iters: int = 1000  # steps in all
+    optimizer: str = "muon"  # muon (hidden matrices; AdamW for the rest) | adamw (everything)
+    learning_rate: float = 3e-3  # the highest learning rate
+    min_lr: float = 0.0  # the learning rate at the end
+    lr_schedule: str = "wsd"  # cosine | wsd (warmup, stable, linear decay) | constant
+    warmup_iters: int = 10  # steps of linear warmup
+    decay_fraction: float = 0.6  # wsd: the share of the run that decays
+    weight_decay: float = 0.0  # pulls matrices towards 0, by this share of the learning rate per step
+    beta1: float = 0.9  # AdamW: memory of the gradient
+    beta2: float = 0.95  # AdamW: memory of its square
+    muon_momentum: float = 0.95  # Muon: memory of the gradient
+    grad_clip: float = 1.0  # longest gradient; 0 = no limit
+    eval_interval: int = 250  # steps between evaluations (one more at the end)
+    eval_iters: int = 0  # validation batches per evaluation; 0 = the whole split
+    eval_only: bool = False  # evaluate once and exit
+    log_interval: int = 10  # steps between lines of log.jsonl
+    sample_interval: int = 0  # print a sample at evaluations whose step this divides; 0 = never
+    always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    compile: bool | str = "auto"  # torch.compile; auto = on CUDA
+    wandb_log: bool = False  # log to Weights & Biases as well
+    wandb_project: str = "plaingpt"  # its project
+    wandb_run_name: str = ""  # its name there; empty = out_dir's
+
+    def __post_init__(self):
+        positive = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
+        lowest = dict.fromkeys(positive, 1)
+        lowest |= dict.fromkeys(("seed", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters"), 0)
+        for name, low in lowest.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        for name in ("beta1", "beta2", "muon_momentum", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for name, allowed in {"optimizer": ("muon", "adamw"), "lr_schedule": SCHEDULES}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or auto, not {self.compile!r}")
+
+
+@dataclass
+class Task:
+    """What there is to learn, as the loop sees it: batches are keyword arguments of GPT.forward, on the CPU."""
+
+    batch: Callable[[int, slice], dict[str, Tensor]]  # (step, rows of that step's whole batch) → a micro-batch
+    validation: Callable[[int, int], Iterator[dict[str, Tensor]]]  # (rank, world_size) → that process's share
+    tokens_per_byte: float  # of the validation text; turns a loss per token into bits per byte
+    tokenizer: Tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Trainer:
+    """A model, its optimizers and a task, carried from step to step.
+
+    model is the GPT itself; network the same, wrapped for speed and data parallelism. state is what a checkpoint
+    remembers besides weights and optimizers; None: a run that begins.
+    """
+
+    def __init__(
+        self, model: GPT, optimizers: list, task: Task, config: TrainConfig, process: Process, state: dict | None = None
+    ):
+        self.model, self.optimizers, self.task, self.config, self.process = model, optimizers, task, config, process
+        self.state = state or {"step": 0, "val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == "float16")
+        self.scaler.load_state_dict(self.state["scaler"])
+        compiled = config.compile is True or config.compile == "auto" and process.device.type == "cuda"
+        self.evaluator = torch.compile(model) if compiled else model
+        self.network = DistributedDataParallel(self.evaluator) if process.world_size > 1 else self.evaluator
+        self.saved_step = self.state["step"]  # nothing to save or evaluate there
+        self.pending: list[Tensor] = []  # loss and gradient norm of steps that nobody has waited for
+        self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
+        self.peak_flops = peak_flops(process.device, process.dtype)
+
+    def train(self) -> None:
+        """Run to max_iters, evaluating, logging and saving on the way.
+
+        SIGINT and SIGTERM finish the step, save, and exit with a line that says how to go on.
+        """
+        config, state = self.config, self.state
+        self.begin = time.perf_counter() - state["seconds"]
+        self.clock = time.perf_counter()
+        settings = asdict(config) | asdict(self.model.config)
+        self.log = Log(config, settings, self.process.rank == 0, state["step"])
+        with closing(self.log), interruptible(self.process.world_size == 1) as caught:
+            while True:
+                step = state["step"]
+                due = step % config.eval_interval == 0 or step >= config.max_iters
+                if due and (step != self.saved_step or step == 0):
+                    self.evaluate_and_save()
+                if step >= config.max_iters:
+                    return
+                (signals,) = self.process.total(len(caught))
+                if signals:
+                    self.flush()
+                    if step != self.saved_step:
+                        self.save(val_loss=None)
+                    self.log.say(f"stopped at step {step}; continue with --init_from=resume --out_dir={config.out_dir}")
+                    raise SystemExit(128 + max(caught, default=signal.SIGTERM))
+                self.update()
+                if state["step"] % config.log_interval == 0:
+                    self.flush()
+
+    def update(self) -> None:
+        """One step: gradients of all its micro-batches, one update of the weights."""
+        config, process, step = self.config, self.process, self.state["step"]
+        torch.manual_seed(int(np.random.default_rng([config.seed, step, process.rank]).integers(2**63)))  # dropout
+        B, micro_steps = config.batch_size, config.gradient_accumulation_steps // process.world_size
+        first = process.rank * micro_steps * B
+        batches = [self.task.batch(step, slice(first + i * B, first + (i + 1) * B)) for i in range(micro_steps)]
+        (count,) = process.total(sum(int((batch["targets"] != IGNORE).sum()) for batch in batches))
+        # DDP averages the gradients over processes, and we want their sum: hence the division by world_size here.
+        count = torch.tensor(max(count, 1.0) / process.world_size, device=process.device)
+        step_loss = torch.zeros((), device=process.device)
+        for i, batch in enumerate(batches):
+            waits = process.world_size > 1 and i < micro_steps - 1
+            with self.network.no_sync() if waits else nullcontext():  # exchange gradients once per step
+                with autocast(process.device, process.dtype):
+                    _, loss = self.network(**to_device(batch, process.device), target_count=count)
+                self.scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        if process.world_size > 1:
+            dist.all_reduce(step_loss)
+            step_loss /= process.world_size
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or float("inf"))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.pending.append(torch.stack((step_loss, grad_norm)))
+        self.state["step"] += 1
+
+    def flush(self) -> None:
+        """Wait for the pending steps, refuse to go on if one was not finite, and log the last if log_interval says so.
+
+        Waiting seldom keeps the GPU busy. With float16 an infinite gradient is normal: GradScaler skips that step.
+        """
+        if self.pending:
+            config, last = self.config, self.state["step"]
+            losses = torch.stack(self.pending).tolist()
+            for step, (loss, norm) in enumerate(losses, start=last - len(losses) + 1):
+                if not (math.isfinite(loss) and (math.isfinite(norm) or self.process.dtype == "float16")):
+                    raise ValueError(not_finite(step, loss, norm, config.out_dir))
+            now = time.perf_counter()
+            speed = self.tokens_per_step * len(losses) / (now - self.clock)
+            if last % config.log_interval == 0 or last == config.max_iters:
+                peak = (self.peak_flops or math.inf) * self.process.world_size
+                self.log.training(
+                    step=last, train_loss=loss, lr=learning_rate_at(last - 1, config), grad_norm=norm,
+                    tokens=last * self.tokens_per_step, seconds=now - self.begin, tokens_per_second=speed,
+                    mfu=speed * self.model.flops_per_token() / peak,
+                )  # fmt: skip
+            self.pending.clear()
+        self.clock = time.perf_counter()
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate, log it, print a sample if it is time to, and save (step 0 has nothing to save)."""
+        self.flush()
+        config, state = self.config, self.state
+        metrics = evaluate(self.evaluator, self.task, self.process)
+        self.log.evaluation(step=state["step"], **metrics, seconds=time.perf_counter() - self.begin)
+        best = state["best_val_loss"] is None or metrics["val_loss"] < state["best_val_loss"]
+        if best:
+            state["best_val_loss"] = metrics["val_loss"]
+        if state["step"] and (best or config.always_save_checkpoint):
+            self.save(metrics["val_loss"])
+        if config.sample_interval and state["step"] % config.sample_interval == 0 and self.process.rank == 0:
+            self.log.say(preview(self.model, self.task.tokenizer, config.seed))
+        self.clock = time.perf_counter()  # evaluation does not count in tokens per second
+
+    def save(self, val_loss: float | None) -> None:
+        """Write a checkpoint of this step; val_loss is None where it was not evaluated."""
+        self.saved_step = self.state["step"]
+        seconds = time.perf_counter() - self.begin
+        self.state.update(val_loss=val_loss, seconds=seconds, scaler=self.scaler.state_dict())
+        if self.process.rank == 0:
+            checkpoint.save_checkpoint(self.config.out_dir, self.model, self.optimizers, self.state)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on the device; from pinned memory the copy overlaps with what the GPU is doing."""
+    if device.type == "cpu":
+        return batch
+    return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(network, task: Task, process: Process) -> dict[str, float]:
+    """val_loss (nats per counted token) and val_bpb (bits per byte) over the validation batches of all processes."""
+    network.eval()
+    loss, count = torch.zeros((), dtype=torch.float64, device=process.device), 0
+    for batch in task.validation(process.rank, process.world_size):
+        count += int((batch["targets"] != IGNORE).sum())
+        with autocast(process.device, process.dtype):
+            loss += network(**to_device(batch, process.device), target_count=1)[1]
+    network.train()
+    loss, count = process.total(loss.item(), count)
+    mean = loss / max(count, 1)
+    return {"val_loss": mean, "val_bpb": mean * task.tokens_per_byte / np.log(2)}
+
+
+@contextmanager
+def interruptible(alone: bool) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second Ctrl-C is obeyed at once.
+
+    Under torchrun (not alone) it is not: there, one Ctrl-C arrives as several signals.
+    """
+    caught: list[int] = []
+
+    def remember(number: int, _frame) -> None:
+        if alone and number == signal.SIGINT in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def not_finite(step: int, loss: float, norm: float, out_dir: str) -> str:
+    """What to say when training has broken down."""
+    saved = checkpoint.list_checkpoints(out_dir)
+    last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+    return (
+        f"step {step}: loss {loss}, gradient norm {norm}; {last}. Try a lower learning_rate, more warmup_iters, "
+        "a smaller grad_clip or dtype=float32" + (", with --init_from=resume" if saved else "")
+    )
+
+
+def preview(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
+    """A short text from the model as it is now."""
+    model.eval()
+    prompt = prompt_tokens(tokenizer, "")
+    (tokens,) = generate(model, [prompt], 200, temperature=0.8, eos_id=tokenizer.eot_id, seed=seed)
+    model.train()
+    return tokenizer.decode(t for t in tokens if t != tokenizer.eot_id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pretraining command
+
+
+def configure(argv: list[str]) -> tuple[TrainConfig, GPTConfig]:
+    """The configs that the arguments ask for, on top of those of the run they resume or start from."""
+    given = read_arguments(argv)
+    init_from = given.get("init_from", ("scratch",))[0]
+    if init_from != "resume" and not any(not argument.startswith("--") for argument in argv):
+        given = read_arguments([DEFAULT_CONFIG, *argv])
+    if init_from == "scratch":
+        return tuple(build(given, TrainConfig, GPTConfig))
+    source = given.get("out_dir", (TrainConfig.out_dir,))[0] if init_from == "resume" else init_from
+    run = checkpoint.load_config(source)
+    base = run["model"] | (run["train"] if init_from == "resume" else {})
+    values = {key: (value, f"{source}/config.json") for key, value in base.items()} | given
+    config, model_config = build(values, TrainConfig, GPTConfig)
+    for key, now in asdict(model_config).items() | {("optimizer", config.optimizer)}:
+        if key not in MAY_CHANGE and now != base.get(key, now) and (key, now) != ("vocab_size", 0):
+            raise ValueError(f"{key} is {base[key]} in {source} and cannot become {now}: train a new model for that")
+    return config, model_config
+
+
+def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int) -> Task:
+    """Predict every next token of the corpus."""
+    whole = config.batch_size * config.gradient_accumulation_steps
+
+    def batch(step: int, rows: slice) -> dict[str, Tensor]:
+        idx, targets = corpus.batch("train", step, seed=config.seed, batch_size=whole, block_size=block_size, rows=rows)
+        return {"idx": idx, "targets": targets}
+
+    def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
+        rows = max(config.batch_size, 8192 // block_size)
+        for idx, targets in corpus.windows(
+            "val", block_size, rows, max_batches=config.eval_iters, rank=rank, world_size=world_size
+        ):
+            yield {"idx": idx, "targets": targets}
+
+    return Task(batch, validation, corpus.num_tokens("val") / corpus.num_bytes("val"), corpus.tokenizer)
+
+
+def open_corpus(dataset: str) -> Corpus:
+    """The corpus of that name under data/, or at that path."""
+    named = Path(__file__).parent / "data" / dataset
+    return Corpus(named if named.is_dir() and not Path(dataset, "meta.json").exists() else dataset)
+
+
+def check_tokenizers(corpus: Corpus, out_dir: str) -> None:
+    """ValueError unless the run in out_dir was trained with the corpus's tokenizer."""
+    if (Path(out_dir) / TOKENIZER_FILE).read_bytes() != (corpus.folder / TOKENIZER_FILE).read_bytes():
+        raise ValueError(
+            f"{out_dir} was trained with another tokenizer than that of {corpus.folder}: prepare the text again"
+        )
+
+
+def start(
+    config: TrainConfig, model_config: GPTConfig, corpus: Corpus, process: Process
+) -> tuple[GPT, list, dict | None]:
+    """The model on its device, its optimizers, and the state to go on from (None for a new run)."""
+    model_config.vocab_size = model_config.vocab_size or corpus.vocab_size
+    if model_config.vocab_size < corpus.vocab_size:
+        raise ValueError(
+            f"vocab_size={model_config.vocab_size} is less than the corpus's {corpus.vocab_size} token ids"
+        )
+    torch.manual_seed(config.seed)
+    model, state = GPT(model_config), None
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    if source != "scratch":
+        check_tokenizers(corpus, source)
+        if config.init_from != "resume" or checkpoint.list_checkpoints(source):
+            path = checkpoint.find_checkpoint(source, "latest" if config.init_from == "resume" else "best")
+            checkpoint.verify(path)
+            checkpoint.load_weights(model, path)
+            state = checkpoint.read_state(path) if config.init_from == "resume" else None
+    model.to(process.device)
+    optimizers = make_optimizers(model, config)
+    if state:
+        checkpoint.load_optimizers(model, optimizers, path)
+    return model, optimizers, state
+
+
+def open_run(config: TrainConfig, model_config: GPTConfig, corpus: Corpus, state: dict | None) -> None:
+    """Make the run's folder, or rewind its log to the checkpoint that it goes on from."""
+    if config.init_from == "resume":
+        rewind_log(config.out_dir, state["step"] if state else -1)
+        checkpoint.save_config(config.out_dir, asdict(model_config), asdict(config))
+        return
+    aside = checkpoint.start_run(config.out_dir, corpus.tokenizer)
+    checkpoint.save_config(config.out_dir, asdict(model_config), asdict(config))
+    if aside:
+        print(f"{config.out_dir} held a run already: it is now {aside}")
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(USAGE, TrainConfig, GPTConfig))
+        return
+    config, model_config = configure(sys.argv[1:])
+    corpus = open_corpus(config.dataset)
+    process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
+    try:
+        model, optimizers, state = start(config, model_config, corpus, process)
+        task = pretraining_task(corpus, config, model_config.block_size)
+        if config.eval_only:
+            metrics = evaluate(model, task, process)
+            if process.rank == 0:
+                print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            return
+        if process.rank == 0:
+            open_run(config, model_config, corpus, state)
+            counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
+            print(f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}")
+            print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
+        Trainer(model, optimizers, task, config, process, state).train()
+    finally:
+        if process.world_size > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli.run(main)
