@@ -332,6 +332,8 @@ def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int) -> Ta
         idx, targets = corpus.batch("train", step, seed=config.seed, batch_size=whole, block_size=block_size, rows=rows)
         return {"idx": idx, "targets": targets}
 
+    batch(0, slice(1))  # a corpus too short for block_size is refused here, before there is a run
+
     def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
         rows = max(config.batch_size, 8192 // block_size)
         for idx, targets in corpus.windows(

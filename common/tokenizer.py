@@ -1,0 +1,165 @@
+"""Text to token ids and back: characters, or any encoding of tiktoken, behind one small interface.
+
+Every tokenizer here has `vocab_size`, `eot_id` (the id of <|endoftext|>, or None), `encode(text)`, `decode(ids)` and
+`save(folder)`. `encode` treats everything as ordinary text: a special token spelled out in it stays text, so that no
+document can forge the end of a document. `load_tokenizer` reads back what `save` wrote, plain JSON.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+FILE_NAME = "tokenizer.json"
+EOT = "<|endoftext|>"
+
+
+class CharTokenizer:
+    """One id per character, in sorted order; with `eot`, one id more at the end for <|endoftext|>."""
+
+    def __init__(self, characters: Iterable[str], eot: bool):
+        self.characters = "".join(sorted(set(characters)))
+        if not self.characters:
+            raise ValueError("a char tokenizer needs at least one character: is the text empty?")
+        self.vocab_size = len(self.characters) + eot
+        self.eot_id = len(self.characters) if eot else None
+        self._spellings = [*self.characters, *([EOT] if eot else [])]
+        # One entry per Unicode code point, -1 for those without an id: encoding is then one numpy look-up per text.
+        self._id_of = np.full(0x110000, -1, dtype=np.int32)
+        self._id_of[_code_points(self.characters)] = np.arange(len(self.characters))
+
+    def encode(self, text: str) -> list[int]:
+        """The id of each character. ValueError names the first character without one, and its place in the text."""
+        ids = self._id_of[_code_points(text)]
+        if ids.size and ids.min() < 0:
+            where = int(np.argmax(ids < 0))
+            raise ValueError(
+                f"character {text[where]!r} (U+{ord(text[where]):04X}) at position {where}, in "
+                f"{text[max(0, where - 12) : where + 13]!r}, is not among the {len(self.characters)} this tokenizer "
+                "knows: remove or replace it, or prepare the data (and train) with a tokenizer that knows it"
+            )
+        return ids.tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` (a list, an array, a tensor); <|endoftext|> is spelled out."""
+        return "".join(map(self._spellings.__getitem__, _checked(ids, self.vocab_size)))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        eot = self.eot_id is not None
+        write_json(Path(folder) / FILE_NAME, {"kind": "char", "characters": self.characters, "eot": eot})
+
+
+class TiktokenTokenizer:
+    """An encoding of tiktoken by name: 'gpt2', 'cl100k_base', 'o200k_base', ..., or one of an installed plug-in."""
+
+    def __init__(self, name: str):
+        import tiktoken  # here, as it takes a moment and character-level runs do not need it
+
+        names = tiktoken.list_encoding_names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no tiktoken encoding is called {name!r}: did you mean {near!r}? ({', '.join(names)})")
+        try:
+            self._encoding = tiktoken.get_encoding(name)
+        except OSError as error:  # requests' errors are OSErrors
+            raise ValueError(
+                f"the tiktoken encoding {name!r} is downloaded at its first use, and that failed "
+                f"({type(error).__name__}): connect to the network once, or set TIKTOKEN_CACHE_DIR to a filled cache"
+            ) from None
+        self.name = name
+        self.vocab_size = self._encoding.n_vocab
+        self.eot_id = self._encoding.eot_token if EOT in self._encoding.special_tokens_set else None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, in which no special token is recognised."""
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
+        ids = _checked(ids, self.vocab_size)
+        try:
+            return self._encoding.decode(ids)
+        except KeyError:  # some encodings leave a few ids below n_vocab unused, and a young model may pick one
+            return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
+
+    def _bytes_of(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b"\xff"  # decodes to U+FFFD
+
+    def save(self, folder: str | os.PathLike) -> None:
+        write_json(Path(folder) / FILE_NAME, {"kind": "tiktoken", "encoding": self.name})
+
+
+Tokenizer = CharTokenizer | TiktokenTokenizer
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer saved in `path`: a folder that holds tokenizer.json, or such a file."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"no tokenizer at {str(path)!r}: give a prepared corpus, a run folder, or a {FILE_NAME}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{str(path)!r} is damaged, or no tokenizer of this project: it is not JSON") from None
+    match content:  # a further kind of tokenizer is one more case here, and one more name in tokenizer_from_name
+        case {"kind": "char", "characters": str(characters), "eot": bool(eot)}:
+            tokenizer = CharTokenizer(characters, eot)
+            if tokenizer.characters != characters:
+                raise ValueError(f"{str(path)!r} is damaged: its characters are not sorted, or one is there twice")
+            return tokenizer
+        case {"kind": "tiktoken", "encoding": str(name)}:
+            return TiktokenTokenizer(name)
+    raise ValueError(f"{str(path)!r} is damaged, or no tokenizer of this project: it holds no known kind of tokenizer")
+
+
+def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer that `--tokenizer=spec` asks for: 'char', the path of a saved one, or a tiktoken encoding's name.
+
+    'char' reads `texts` once through, to collect their characters.
+    """
+    if spec == "char":
+        if texts is None:
+            raise ValueError("the tokenizer 'char' is made from a text: give the path of a saved one instead")
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return CharTokenizer(characters, eot=True)
+    if os.path.exists(spec) or os.sep in spec or spec.endswith(".json"):
+        return load_tokenizer(spec)
+    try:
+        return TiktokenTokenizer(spec)
+    except ValueError as error:
+        raise ValueError(f"{error}; --tokenizer also takes 'char' and the path of a saved tokenizer") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` to `path`: the new file is there whole and on disk, or the old one still is."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _code_points(text: str) -> np.ndarray:
+    """The code point of each character, lone surrogates included (a terminal's undecodable bytes arrive as those)."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """`ids` as a list of ints, each of the vocabulary."""
+    ids = np.array(ids.tolist() if hasattr(ids, "tolist") else list(ids), dtype=np.int64)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"token {wrong[0]} is outside this tokenizer's vocabulary, 0 to {vocab_size - 1}")
+    return ids.tolist()

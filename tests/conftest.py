@@ -1,0 +1,52 @@
+import importlib
+import os
+
+import pytest
+
+# A real plug-in of tiktoken, the only way to an encoding of its without the network. The pattern is GPT-2's; two ids
+# before the end-of-text token stand for nothing, as in some of the published encodings.
+TINY_ENCODING = r'''
+def tiny():
+    words = [b"th", b"he", b"in", b" t", b" th", b" the", b"  ", b"\n\n"]
+    ranks = {bytes([byte]): byte for byte in range(256)} | {word: 256 + i for i, word in enumerate(words)}
+    return {
+        "name": "tiny",
+        "pat_str": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+        "mergeable_ranks": ranks,
+        "special_tokens": {"<|endoftext|>": len(ranks) + 2},
+    }
+
+
+ENCODING_CONSTRUCTORS = {"tiny": tiny}
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_encoding(tmp_path_factory):
+    """The name of a small tiktoken encoding, found by this process and by those it starts."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "tiktoken_ext").mkdir()
+    (folder / "tiktoken_ext" / "tiny.py").write_text(TINY_ENCODING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)  # for this process
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)  # for others
+        importlib.invalidate_caches()
+        import tiktoken.registry
+
+        patch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", None)  # it looks for plug-ins once only
+        yield "tiny"
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A small prepared corpus: sentences over a few words, characters, with end-of-text tokens."""
+    import numpy as np
+
+    from common.dataset import write_corpus
+    from common.tokenizer import CharTokenizer
+
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    words = "the quick brown fox jumps over a lazy dog and sleeps".split()
+    documents = [("val" if i % 10 == 0 else "train", " ".join(rng.choice(words, 12)) + ".") for i in range(300)]
+    write_corpus(folder, documents, CharTokenizer("".join(words) + " .", eot=True), workers=1)
+    return folder

@@ -1,0 +1,137 @@
+"""Checkpoints are whole or absent, verified, and run no code."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from common import checkpoint
+from common.optim import make_optimizers
+from common.tokenizer import CharTokenizer
+from model import GPT, GPTConfig
+from train import TrainConfig
+
+SHAPE = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, "mlp_dim": 16}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with two checkpoints, steps 1 (the better) and 2, after a step of training."""
+    torch.manual_seed(0)
+    model, out_dir = GPT(GPTConfig(**SHAPE)), tmp_path / "run"
+    optimizers = make_optimizers(model, TrainConfig())
+    model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    checkpoint.start_run(str(out_dir), CharTokenizer("abc", eot=True))
+    checkpoint.save_config(str(out_dir), vars(model.config), {})
+    for step, val_loss in ((1, 1.0), (2, 2.0)):
+        checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": step, "val_loss": val_loss})
+    return out_dir, model, optimizers
+
+
+def names(out_dir) -> list[str]:
+    return [path.name for path in checkpoint.list_checkpoints(out_dir)]
+
+
+def test_what_was_saved_comes_back(run):
+    out_dir, model, optimizers = run
+    loaded, tokenizer, path = checkpoint.load_model(out_dir, "latest")
+    assert path.name == "step_00000002" and tokenizer.encode("cab") == [2, 0, 1]
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    fresh = make_optimizers(loaded, TrainConfig())
+    checkpoint.load_optimizers(loaded, fresh, path)
+    old, new = checkpoint.optimizer_tensors(model, optimizers), checkpoint.optimizer_tensors(loaded, fresh)
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_the_best_and_the_latest_are_kept(run):
+    out_dir, model, optimizers = run
+    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": None})
+    assert names(out_dir) == ["step_00000001", "step_00000003"]
+    assert checkpoint.find_checkpoint(out_dir, "best").name == "step_00000001"
+    assert checkpoint.find_checkpoint(out_dir, "latest").name == "step_00000003"
+    with pytest.raises(ValueError, match="step_7.*step_00000001"):
+        checkpoint.find_checkpoint(out_dir, "step_7")
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.98])
+def test_one_flipped_byte_is_refused_by_name(run, name, where):
+    out_dir, _, _ = run
+    path = out_dir / "checkpoints" / "step_00000001" / name
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="step_00000001"):
+        checkpoint.verify(path.parent)
+
+
+def test_a_missing_file_is_refused_by_name(run):
+    out_dir, _, _ = run
+    (out_dir / "checkpoints" / "step_00000002" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="step_00000002/model.safetensors is damaged"):
+        checkpoint.load_model(out_dir, "latest")
+
+
+def test_a_pickle_is_refused_even_with_the_right_checksum(run, tmp_path):
+    out_dir, _, _ = run
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    folder = out_dir / "checkpoints" / "step_00000001"
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = checkpoint.sha256(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        checkpoint.load_model(out_dir, "best")
+    torch.save({"model": {}}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt is a file; give the folder of a run"):
+        checkpoint.load_model(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_save_that_was_killed_leaves_no_checkpoint_and_is_cleaned_up(run):
+    out_dir, model, optimizers = run
+    parent = out_dir / "checkpoints"
+    shutil.copytree(parent / "step_00000002", parent / ".step_00000003.tmp")
+    assert names(out_dir) == ["step_00000001", "step_00000002"]
+    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 4, "val_loss": 3.0})
+    assert sorted(path.name for path in parent.iterdir()) == ["step_00000001", "step_00000004"]
+
+
+def test_weights_of_another_shape_are_refused_by_name(run):
+    out_dir, _, _ = run
+    other = GPT(GPTConfig(**SHAPE | {"n_embd": 32}))
+    with pytest.raises(ValueError, match="does not fit the config: blocks.0.*shape"):
+        checkpoint.load_weights(other, checkpoint.find_checkpoint(out_dir, "best"))
+
+
+def test_a_new_run_moves_the_old_one_aside(run):
+    out_dir, _, _ = run
+    aside = checkpoint.start_run(str(out_dir), CharTokenizer("abc", eot=True))
+    assert aside == out_dir.with_name("run.1") and names(aside) == ["step_00000001", "step_00000002"]
+    assert names(out_dir) == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"n_layer": 1}}', '{"model": {"x": 1}, "train": {}}'])
+def test_a_damaged_config_is_told_plainly(run, content):
+    out_dir, _, _ = run
+    (out_dir / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json"):
+        checkpoint.load_model(out_dir)
+
+
+def test_no_run_and_no_checkpoint_are_told_apart(run, tmp_path):
+    out_dir, _, _ = run
+    with pytest.raises(ValueError, match="no run in"):
+        checkpoint.load_model(tmp_path / "nowhere")
+    shutil.rmtree(out_dir / "checkpoints")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoint.load_model(out_dir)

@@ -1,0 +1,369 @@
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import prepare
+from common.dataset import Corpus, parts_of
+from common.prepare import read_documents, split_of
+from common.tokenizer import CharTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(name, *arguments, cwd=ROOT, **environment):
+    """Run data/<name>/prepare.py as a user does."""
+    run = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, arguments)]
+    return subprocess.run(run, cwd=cwd, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+
+
+def refused(result):
+    """The one line that tells the user what is wrong."""
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def script(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def texts(*paths, val_fraction=0.5):
+    return [(split, "".join(parts_of(text))) for split, text in read_documents(paths, val_fraction)]
+
+
+def jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text, "id": 7}) + "\n" for text in documents))
+    return path
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_is_cut_at_the_line_break_before_its_last_part(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("first\r\nzweite Zeile: ü\nthird line\nlast".encode())
+    assert texts(path, val_fraction=0.3) == [("train", "first\r\nzweite Zeile: ü\n"), ("val", "third line\nlast")]
+
+
+@pytest.mark.parametrize("block", [4, 5, 7, 64, 1 << 20])
+@pytest.mark.parametrize(
+    "text", ["one\ntwo\nthree\nfour\n", "no breaks but spaces", "世界" * 20, "é", "\n\n\n\n", "🙂" * 9]
+)
+def test_a_text_file_loses_nothing_wherever_it_is_cut(tmp_path, monkeypatch, text, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    for val_fraction in (0.01, 0.3, 0.5, 0.8, 0.99):
+        (_, train), (_, val) = texts(path, val_fraction=val_fraction)
+        assert train + val == text and val
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("ab\ncd\n", encoding="utf-8-sig")
+    assert texts(tmp_path / "a.txt", val_fraction=0.3) == [("train", "ab\n"), ("val", "cd\n")]
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert [text for _, text in texts(tmp_path / "a.jsonl")] == ["a"]
+
+
+def test_jsonl_and_parquet_hold_the_same_documents(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    documents = ["one", "", "two\nlines", "드 é 🙂", "five" * 1000]
+    parquet.write_table(pyarrow.table({"id": range(5), "text": documents}), tmp_path / "a.parquet")
+    found = texts(jsonl(tmp_path / "a.jsonl", documents))
+    assert [text for _, text in found] == documents
+    assert texts(tmp_path / "a.parquet") == found
+    (tmp_path / "b.JSONL").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\n\n \r\n"))
+    assert texts(tmp_path / "b.JSONL") == found
+
+
+def test_the_split_depends_neither_on_order_nor_on_files(tmp_path):
+    documents = [f"document {i}" for i in range(2000)]
+    one = texts(jsonl(tmp_path / "all.jsonl", documents), val_fraction=0.1)
+    two = texts(
+        jsonl(tmp_path / "a.jsonl", documents[1200::-1]),
+        jsonl(tmp_path / "b.jsonl", documents[1201:]),
+        val_fraction=0.1,
+    )
+    assert sorted(one) == sorted(two)
+    assert 150 < sum(split == "val" for split, _ in one) < 250
+    assert split_of("document 0", 0.1) == split_of("document 0", 0.1)
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        (b"{bad", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": "a"} trailing', "not valid JSON"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"txt": "a", "id": 1}', "not the fields txt, id"),
+        (b'["text"]', "not a list"),
+        (b"null", "not a NoneType"),
+        (b'{"text": 5}', "must be a string, not int"),
+        (b'{"text": null}', "must be a string, not NoneType"),
+        (b'{"text": "\\ud800"}', "is no character"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, complaint):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(ValueError, match=f"a.jsonl, line 3: .*{complaint}"):
+        texts(path)
+
+
+@pytest.mark.parametrize("block", [1, 4, 1 << 20])
+@pytest.mark.parametrize("content, line", [(b"a\nb\n\xff\nc", 3), (b"\xff\xfea\0", 1), (b"a\n\n\n\nb \xe4\xb8", 5)])
+def test_text_that_is_no_utf8_is_named_with_its_line(tmp_path, monkeypatch, content, line, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    for val_fraction in (0.01, 0.99):
+        with pytest.raises(ValueError, match=f"a.txt, line {line}: not UTF-8"):
+            texts(path, val_fraction=val_fraction)
+
+
+def test_bad_parquet_is_named_with_its_row(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    for column, complaint in [
+        (["a", None], 'row 2: "text" must be a string, not NoneType'),
+        ([1, 2], 'row 1: "text" must be a string, not int'),
+        (pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string()), "row 2: not UTF-8"),
+    ]:
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(ValueError, match=complaint):
+            texts(path)
+    parquet.write_table(pyarrow.table({"other": [1]}), path)
+    with pytest.raises(ValueError, match='has no column "text", only other'):
+        texts(path)
+    for content in (b"junk", path.read_bytes()[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable .parquet file"):
+            texts(path)
+
+
+def test_wrong_files_are_refused_before_anything_is_read(tmp_path):
+    good = jsonl(tmp_path / "good.jsonl", ["a"])
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.pdf").write_text("a")
+    (tmp_path / "folder.txt").mkdir()
+    for name, complaint in [
+        ("none.txt", "no such file"),
+        ("empty.txt", "is empty"),
+        ("a.pdf", "should end in one of .txt, .jsonl, .parquet"),
+        ("folder.txt", "is a folder"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}: .*{complaint}"):
+            read_documents([good, tmp_path / name], 0.1)
+
+
+# --- data/text ---------------------------------------------------------------------------------------------------
+
+
+def test_text_prepares_files_from_anywhere(tmp_path):
+    (tmp_path / "a.txt").write_text("to be\nor not\nto be\n")
+    jsonl(tmp_path / "b.jsonl", ["that", "is", "the", "question"])
+    result = command("text", "--input", "a.txt", "b.jsonl", "--output", "out", "--val_fraction", "0.3", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    assert "out: vocabulary of" in result.stdout
+    corpus = Corpus(tmp_path / "out")
+    corpus.verify()
+    assert f"{corpus.num_tokens('train'):,} tokens" in result.stdout
+    decoded = corpus.tokenizer.decode(np.fromfile(tmp_path / "out" / "train.bin", "<u2"))
+    assert decoded.startswith("to be\nor not\n<|endoftext|>")
+
+
+def test_text_takes_tiktoken_names_and_saved_tokenizers(tmp_path, tiny_encoding):
+    (tmp_path / "a.txt").write_text("the thin tin\n" * 20)
+    result = command("text", "--input", tmp_path / "a.txt", "--output", tmp_path / "out", "--tokenizer", tiny_encoding)
+    assert result.returncode == 0, result.stderr
+    again = command("text", "--input", tmp_path / "a.txt", "--output", tmp_path / "b", "--tokenizer", tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+    for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    (tmp_path / "b.txt").write_text("çà\n" * 20)
+    command("text", "--input", tmp_path / "a.txt", "--output", tmp_path / "chars")
+    wrong = command(
+        "text", "--input", tmp_path / "b.txt", "--output", tmp_path / "c", "--tokenizer", tmp_path / "chars"
+    )
+    assert "'ç' (U+00E7) at position 0" in refused(wrong)
+
+
+def test_a_mistake_is_one_line_and_exit_status_1(tmp_path):
+    good = tmp_path / "a.txt"
+    good.write_text("one\ntwo\nthree\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\noops\n')
+    output = ("--output", tmp_path / "out")
+    assert "nothing.txt: no such file" in refused(command("text", "--input", "nothing.txt", *output))
+    assert "bad.jsonl, line 2: not valid JSON" in refused(command("text", "--input", tmp_path / "bad.jsonl", *output))
+    assert "between 0 and 1" in refused(command("text", "--input", good, *output, "--val_fraction", "1.5"))
+    assert "did you mean 'gpt2'" in refused(command("text", "--input", good, *output, "--tokenizer", "gpt-2"))
+    assert "at least 1" in refused(command("text", "--input", good, *output, "--workers", "0"))
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_ctrl_c_exits_with_130_and_leaves_no_corpus(tmp_path):
+    endless = tmp_path / "endless.txt"
+    with open(endless, "wb") as file:
+        file.truncate(20 << 30)  # 20 GB of zeros that take no space: it cannot be through before the signal
+    CharTokenizer("\0", eot=True).save(tmp_path)
+    options = ["--input", endless, "--output", tmp_path / "out", "--tokenizer", tmp_path, "--workers", "2"]
+    run = [sys.executable, ROOT / "data/text/prepare.py", *options]
+    # Ctrl-C works also where whoever started the tests ignores it, as a shell does for its background jobs.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
+    try:
+        written = tmp_path / "out" / "train.bin.tmp"
+        while not (written.exists() and written.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "interrupted\n" and process.returncode == 130
+    finally:
+        process.kill()
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_help_tells_about_every_option():
+    for name in ("text", "openwebtext", "fineweb_edu", "pydocs", "shakespeare_char"):
+        result = command(name, "--help")
+        assert result.returncode == 0 and "--output" in result.stdout and "Prepare " in result.stdout
+
+
+# --- the other corpora -------------------------------------------------------------------------------------------
+
+
+def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path):
+    data = "".join(f"First Citizen {i}:\nSpeak, spëak.\n\n" for i in range(997))
+    (tmp_path / "input.txt").write_text(data)
+    result = command("shakespeare_char", "--input", tmp_path / "input.txt", "--output", tmp_path)
+    assert result.returncode == 0 and "not the usual tiny Shakespeare" in result.stderr
+    # nanoGPT's data/shakespeare_char/prepare.py, in its own words: sorted characters, 90/10 by characters, uint16.
+    stoi = {ch: i for i, ch in enumerate(sorted(set(data)))}
+    for split, part in (("train", data[: int(len(data) * 0.9)]), ("val", data[int(len(data) * 0.9) :])):
+        assert (tmp_path / f"{split}.bin").read_bytes() == np.array([stoi[c] for c in part], dtype=np.uint16).tobytes()
+    corpus = Corpus(tmp_path)
+    assert (corpus.vocab_size, corpus.tokenizer.eot_id) == (len(stoi), None)
+
+
+def test_shakespeare_without_network_says_where_to_get_it(tmp_path, monkeypatch):
+    module = script("shakespeare_char")
+    monkeypatch.setattr(module, "KEPT", tmp_path / "input.txt")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(module, "URL", "http://127.0.0.1:9/input.txt")
+    with pytest.raises(ValueError, match="get the file from http://.* and pass it with --input FILE"):
+        module.main()
+
+
+def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    module = script("shakespeare_char")
+    (tmp_path / "served.txt").write_text("to be or not to be\n" * 50)
+    kept = tmp_path / "input.txt"
+    monkeypatch.setattr(module, "KEPT", kept)
+    monkeypatch.setattr(module, "URL", (tmp_path / "served.txt").as_uri())
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="is not tiny Shakespeare"):
+        module.main()
+    assert not kept.exists()
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256((tmp_path / "served.txt").read_bytes()).hexdigest())
+    module.main()
+    (tmp_path / "served.txt").unlink()
+    module.main()  # from the kept copy
+    assert Corpus(tmp_path / "out").num_tokens("train") == int(50 * 19 * 0.9)
+
+
+@pytest.fixture(scope="module")
+def pydocs():
+    return script("pydocs").pydocs()
+
+
+def test_pydocs_is_always_the_same_readable_ascii(tmp_path, pydocs):
+    result = command("pydocs", "--output", tmp_path, PYTHONHASHSEED="1")
+    assert result.returncode == 0, result.stderr
+    corpus = Corpus(tmp_path)
+    for split in ("train", "val"):
+        text = corpus.tokenizer.decode(np.fromfile(tmp_path / f"{split}.bin", "<u2"))
+        assert text == "".join(text + "<|endoftext|>" for text in pydocs if split_of(text, 0.05) == split)
+    assert corpus.vocab_size <= 97
+    assert set(corpus.tokenizer.characters) <= {"\n", *map(chr, range(32, 127))}
+    assert corpus.num_bytes("train") > 1_000_000 and corpus.num_bytes("val") > 40_000
+
+
+def test_pydocs_documents_are_public_objects_and_none_is_there_twice(pydocs):
+    bodies = [document.partition("\n\n")[2] for document in pydocs]
+    assert len(set(bodies)) == len(bodies)
+    titles = {document.partition("\n")[0] for document in pydocs}
+    assert {"textwrap.fill(text, width=70, **kwargs)", 'The "if" statement', "module json"} <= titles
+    assert not [title for title in titles if "._" in title.partition("(")[0] or ".test." in title]
+
+
+def test_signatures_read_like_calls():
+    import ast
+
+    source = """
+class Shelf(Base, metaclass=Meta):
+    "A shelf that holds as many books as you like."
+    def put(self, book: "Book", *others, at: int = 0) -> None: "Put a book on the shelf."
+    @classmethod
+    async def of(cls): "A shelf."
+    def _hidden(self): "Nobody sees me."
+if windows:
+    def drive(letter, /): "The drive."
+else:
+    def _private(): "No."
+"""
+    assert list(script("pydocs").members(ast.parse(source).body, "library")) == [
+        ("class library.Shelf(Base)", "A shelf that holds as many books as you like."),
+        ("library.Shelf.put(book, *others, at=0)", "Put a book on the shelf."),
+        ("library.Shelf.of()", "A shelf."),
+        ("library.drive(letter, /)", "The drive."),
+    ]
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_hub_corpora_can_be_read_from_files(tmp_path, name):
+    path = jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
+    options = ("--input", path, "--output", tmp_path / "out", "--tokenizer", "char", "--val_fraction", "0.2")
+    result = command(name, *options, "--max_documents", "200")
+    assert result.returncode == 0, result.stderr
+    counts = Corpus(tmp_path / "out").meta["splits"]
+    assert counts["train"]["documents"] + counts["val"]["documents"] == 200
+    assert "--max_documents=0" in refused(command(name, *options, "--max_documents", "0"))
+
+
+def test_hub_corpora_say_what_to_do_without_the_datasets_package(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ImportError")  # stands for its absence, where it is installed
+    result = command("openwebtext", "--output", tmp_path / "o", "--tokenizer", "char", PYTHONPATH=str(tmp_path))
+    assert "pip install datasets, or download its .parquet files from https://" in refused(result)
+
+
+def test_hub_corpora_stream_what_the_datasets_package_gives(tmp_path):
+    (tmp_path / "datasets.py").write_text(
+        "def load_dataset(name, subset, *, split, streaming):\n"
+        "    assert (name, subset, split, streaming) == ('HuggingFaceFW/fineweb-edu', 'sample-10BT', 'train', True)\n"
+        "    yield from ({'text': f'document {i}'} for i in range(100))\n"
+        "    raise ConnectionError('the line\\nbroke')\n"
+    )
+    options = ("--output", tmp_path / "out", "--tokenizer", "char", "--val_fraction", "0.3")
+    result = command("fineweb_edu", *options, "--max_documents", "50", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0 and Corpus(tmp_path / "out").num_tokens("train") > 100
+    broken = refused(command("fineweb_edu", *options, PYTHONPATH=str(tmp_path)))
+    assert "did not arrive (ConnectionError: the line broke): try again, or download" in broken
+
+
+def test_preparing_does_not_import_torch():
+    code = "import sys; import common.prepare, common.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,160 @@
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common.tokenizer import CharTokenizer, TiktokenTokenizer, load_tokenizer, tokenizer_from_name
+
+TEXT = "Grüße, 世界! 🙂\r\n\ttabs, and <|endoftext|> spelled out\n"
+
+
+def same(a, b):
+    return (a.vocab_size, a.eot_id, a.encode(TEXT)) == (b.vocab_size, b.eot_id, b.encode(TEXT))
+
+
+@pytest.mark.parametrize("eot", [True, False])
+def test_characters_are_numbered_in_sorted_order(eot):
+    tokenizer = CharTokenizer("banana", eot)
+    assert tokenizer.encode("ban") == [1, 0, 2]
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == ((4, 3) if eot else (3, None))
+
+
+def test_any_text_survives_encode_and_decode(tiny_encoding):
+    for tokenizer in (CharTokenizer(TEXT, eot=True), TiktokenTokenizer(tiny_encoding)):
+        ids = tokenizer.encode(TEXT)
+        assert isinstance(ids, list) and all(type(token) is int for token in ids)
+        assert tokenizer.decode(ids) == TEXT
+        assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+
+
+def test_a_special_token_spelled_out_in_text_stays_text(tiny_encoding):
+    for tokenizer in (CharTokenizer(TEXT, eot=True), TiktokenTokenizer(tiny_encoding)):
+        assert tokenizer.eot_id not in tokenizer.encode("<|endoftext|>")
+        assert tokenizer.decode([tokenizer.eot_id]) == "<|endoftext|>"
+
+
+def test_decode_takes_lists_arrays_and_tensors():
+    tokenizer = CharTokenizer("abc", eot=False)
+    for ids in ([0, 2], np.array([0, 2], dtype=np.uint16), torch.tensor([0, 2]), iter([0, 2])):
+        assert tokenizer.decode(ids) == "ac"
+
+
+def test_an_unknown_character_is_named_with_its_position():
+    tokenizer = CharTokenizer("abc ", eot=True)
+    with pytest.raises(ValueError, match=r"'é' \(U\+00E9\) at position 5"):
+        tokenizer.encode("abc aé")
+    with pytest.raises(ValueError, match=r"U\+DC80"):  # a byte of the command line that was no UTF-8
+        tokenizer.encode("\udc80")
+    with pytest.raises(ValueError, match=r"U\+1F642"):
+        tokenizer.encode("🙂")
+
+
+def test_ids_outside_the_vocabulary_are_refused(tiny_encoding):
+    for tokenizer in (CharTokenizer("abc", eot=True), TiktokenTokenizer(tiny_encoding)):
+        for wrong in (-1, tokenizer.vocab_size):
+            with pytest.raises(ValueError, match=f"token {wrong} is outside"):
+                tokenizer.decode([0, wrong])
+
+
+def test_tiktoken_ids_are_those_of_tiktoken(tiny_encoding):
+    import tiktoken
+
+    tokenizer, oracle = TiktokenTokenizer(tiny_encoding), tiktoken.get_encoding(tiny_encoding)
+    assert tokenizer.encode(TEXT) == oracle.encode(TEXT, disallowed_special=())
+    assert tokenizer.vocab_size == oracle.n_vocab and tokenizer.eot_id == oracle.eot_token
+
+
+def test_unused_tiktoken_ids_and_broken_utf8_decode_to_replacement_characters(tiny_encoding):
+    tokenizer = TiktokenTokenizer(tiny_encoding)
+    unused = tokenizer.eot_id - 1
+    assert tokenizer.decode([*tokenizer.encode("a"), unused, *tokenizer.encode("b")]) == "a\ufffdb"
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
+
+
+def test_save_and_load_give_the_same_tokenizer(tmp_path, tiny_encoding):
+    for tokenizer in (
+        CharTokenizer(TEXT, eot=True),
+        CharTokenizer(TEXT, eot=False),
+        CharTokenizer([*TEXT, "\ud800"], eot=True),
+        TiktokenTokenizer(tiny_encoding),
+    ):
+        tokenizer.save(tmp_path)
+        assert same(load_tokenizer(tmp_path), tokenizer)
+        assert same(load_tokenizer(tmp_path / "tokenizer.json"), tokenizer)
+        assert same(tokenizer_from_name(str(tmp_path)), tokenizer)
+        assert same(pickle.loads(pickle.dumps(tokenizer)), tokenizer)  # how it reaches the processes that tokenise
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "not json",
+        "[" * 100_000,
+        "null",
+        "[]",
+        '{"kind": "char"}',
+        '{"kind": "char", "characters": "abc"}',
+        '{"kind": "char", "characters": "abc", "eot": 1}',
+        '{"kind": "char", "characters": "cba", "eot": true}',
+        '{"kind": "char", "characters": "aab", "eot": true}',
+        '{"kind": "tiktoken", "encoding": 7}',
+        '{"version": "1.0", "model": {}}',
+        b"\x80\x04\x95pickle",
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_missing_or_empty_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "nothing.json"):
+        with pytest.raises(ValueError, match="no tokenizer at"):
+            load_tokenizer(path)
+    with pytest.raises(ValueError, match="at least one character"):
+        CharTokenizer("", eot=True)
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'gpt2'.*'char'"):
+        tokenizer_from_name("gpt-2")
+    with pytest.raises(ValueError, match="did you mean 'cl100k_base'"):
+        TiktokenTokenizer("cl100k")
+
+
+def test_an_encoding_that_cannot_be_downloaded_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for variable in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there: refused at once, on any machine
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ValueError, match="'p50k_edit' is downloaded at its first use, and that failed"):
+        TiktokenTokenizer("p50k_edit")
+
+
+def test_char_collects_the_characters_of_all_texts():
+    tokenizer = tokenizer_from_name("char", iter(["ab", "", "bc"]))
+    assert (tokenizer.characters, tokenizer.eot_id) == ("abc", 3)
+    with pytest.raises(ValueError, match="made from a text"):
+        tokenizer_from_name("char")
+
+
+def test_the_file_is_plain_json(tmp_path):
+    CharTokenizer("ab", eot=True).save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == {"kind": "char", "characters": "ab", "eot": True}
+
+
+def test_the_char_tokenizer_does_not_import_tiktoken():
+    import subprocess
+
+    code = "import sys; from common.tokenizer import CharTokenizer; CharTokenizer('ab', True).encode('a'); " + (
+        "sys.exit('tiktoken' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=__file__.rsplit("/tests/", 1)[0]).returncode == 0

@@ -1,0 +1,282 @@
+"""The training loop, through its command line: what must not change the result, and what must stop a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from common import checkpoint
+from common.config import read_config_file
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--mlp_dim=32", "--block_size=16", "--device=cpu"]
+RUN = [*SMALL, "--batch_size=8", "--max_iters=12", "--eval_interval=4", "--log_interval=1", "--learning_rate=0.01"]
+
+
+@pytest.fixture
+def command(corpus_folder, tmp_path, monkeypatch):
+    """Run train.py's command in this process; options given later win. Returns the run's folder."""
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+
+    def run(name: str, *options: str) -> Path:
+        arguments = [str(empty), f"--dataset={corpus_folder}", *RUN, f"--out_dir={tmp_path / name}", *options]
+        if "--init_from=resume" in options:
+            arguments = [f"--out_dir={tmp_path / name}", *options]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main()
+        return tmp_path / name
+
+    return run
+
+
+def log(run: Path, *keys: str) -> list[dict]:
+    """The events of log.jsonl, without what the clock decides."""
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    timed = ("seconds", "tokens_per_second", "mfu")
+    return [
+        {k: v for k, v in event.items() if k not in timed} for event in events if not keys or set(keys) & event.keys()
+    ]
+
+
+def final_files(run: Path) -> dict[str, bytes]:
+    folder = checkpoint.find_checkpoint(run, "latest")
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def losses(run: Path) -> torch.Tensor:
+    return torch.tensor([e.get("train_loss", e.get("val_loss")) for e in log(run)], dtype=torch.float64)
+
+
+def test_training_learns_and_leaves_a_complete_run(command):
+    run = command("a", "--max_iters=60", "--eval_interval=30", "--log_interval=10", "--learning_rate=0.02")
+    events = log(run, "val_loss")
+    assert [e["step"] for e in events] == [0, 30, 60]
+    assert events[0]["val_loss"] > 2.8 and events[-1]["val_loss"] < 1.8
+    training = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if "train_loss" in line]
+    keys = {"step", "train_loss", "lr", "tokens", "seconds", "tokens_per_second", "mfu", "grad_norm"}
+    assert [e["step"] for e in training] == [10, 20, 30, 40, 50, 60] and training[0].keys() == keys
+    assert training[-1]["tokens"] == 60 * 8 * 16
+    model, tokenizer, _ = checkpoint.load_model(run)
+    assert tokenizer.vocab_size == model.config.vocab_size
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(command):
+    a, b, c = command("a"), command("b"), command("c", "--seed=1")
+    assert log(a) == log(b) and final_files(a) == final_files(b)
+    assert log(a) != log(c)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_8_micro_steps_of_1_are_1_of_8(command, optimizer):
+    one = command("one", f"--optimizer={optimizer}")
+    eight = command("eight", f"--optimizer={optimizer}", "--batch_size=1", "--gradient_accumulation_steps=8")
+    assert torch.allclose(losses(one), losses(eight), atol=2e-4)
+    assert (losses(one)[1:3] - losses(eight)[1:3]).abs().max() < 1e-6  # before rounding had time to grow
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 7, 8, 11])
+def test_killed_at_any_step_and_resumed_is_never_stopped(command, monkeypatch, step):
+    options = ["--dropout=0.1"]  # so that its random numbers must be the same too
+    whole = command("whole", *options)
+    update = train.Trainer.update
+
+    def deadly(trainer):
+        if trainer.state["step"] == step:
+            raise Killed
+        update(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "update", deadly)
+        command("killed", *options)
+    run = command("killed", "--init_from=resume")
+    assert log(run) == log(whole) and final_files(run) == final_files(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(command, monkeypatch, capsys, number):
+    whole = command("whole")
+    update = train.Trainer.update
+
+    def interrupted(trainer):
+        if trainer.state["step"] == 5:
+            os.kill(os.getpid(), number)
+        update(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train.Trainer, "update", interrupted)
+        command("stopped")
+    assert stopped.value.code == 128 + number
+    assert "stopped at step 6; continue with --init_from=resume --out_dir=" in capsys.readouterr().out
+    run = command("stopped", "--init_from=resume")
+    assert log(run) == log(whole) and final_files(run) == final_files(whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_shot_dead_resumes_to_the_same_run(command, corpus_folder, tmp_path):
+    whole = command("whole", "--max_iters=400", "--eval_interval=40", "--log_interval=1")
+    arguments = [*RUN, f"--dataset={corpus_folder}", "--max_iters=400", "--eval_interval=40"]
+    (tmp_path / "empty.py").write_text("")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", str(tmp_path / "empty.py"), *arguments, f"--out_dir={tmp_path / 'shot'}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    journal = tmp_path / "shot" / "log.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 90):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    run = command("shot", "--init_from=resume")
+    assert log(run) == log(whole) and final_files(run) == final_files(whole)
+
+
+def torchrun(processes: int, out_dir: Path, corpus_folder: Path, *options: str) -> subprocess.CompletedProcess:
+    empty = out_dir.with_suffix(".py")
+    empty.write_text("")
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py",
+         str(empty), f"--dataset={corpus_folder}", f"--out_dir={out_dir}", *RUN, *options],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_are_one(command, corpus_folder, tmp_path):
+    options = ["--batch_size=2", "--gradient_accumulation_steps=4"]
+    one = command("one", *options)
+    result = torchrun(2, tmp_path / "two", corpus_folder, *options)
+    assert result.returncode == 0, result.stderr
+    assert torch.allclose(losses(one), losses(tmp_path / "two"), atol=2e-4)
+    assert (losses(one)[1:3] - losses(tmp_path / "two")[1:3]).abs().max() < 1e-6
+    assert result.stdout.count("step 12/12: val_loss") == 1  # one process talks
+
+
+def test_micro_steps_that_do_not_divide_among_processes_are_refused(corpus_folder, tmp_path):
+    result = torchrun(2, tmp_path / "two", corpus_folder, "--gradient_accumulation_steps=3")
+    assert result.returncode != 0
+    assert "gradient_accumulation_steps (3) counts the micro-steps of all 2 processes" in result.stderr
+
+
+def test_evaluation_reads_the_whole_split_whatever_the_batch(command, capsys):
+    run = command("a")
+    capsys.readouterr()
+    for batch_size in (1, 7):
+        command("a", f"--init_from={run}", "--eval_only=True", f"--batch_size={batch_size}", "--out_dir=unused")
+        loss, bpb = (float(part.split()[1]) for part in capsys.readouterr().out.split(","))
+        best = min(log(run, "val_loss"), key=lambda e: e["val_loss"])
+        assert loss == pytest.approx(best["val_loss"], abs=1e-4) and bpb == pytest.approx(best["val_bpb"], abs=1e-4)
+    assert not Path("unused").exists()
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_text(command, corpus_folder):
+    meta = json.loads((corpus_folder / "meta.json").read_text())["splits"]["val"]
+    event = log(command("a", "--max_iters=1"), "val_loss")[-1]
+    assert event["val_bpb"] == pytest.approx(event["val_loss"] / 0.6931471805599453 * meta["tokens"] / meta["bytes"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(command, monkeypatch, tmp_path):
+    update = train.Trainer.update
+
+    def broken(trainer):
+        update(trainer)
+        if trainer.state["step"] == 6:
+            with torch.no_grad():
+                trainer.model.norm.weight[0] = float("nan")
+
+    monkeypatch.setattr(train.Trainer, "update", broken)
+    with pytest.raises(ValueError, match="step 7: loss nan.*last good checkpoint is .*step_00000004.*learning_rate"):
+        command("a", "--log_interval=100")
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "a")] == ["step_00000004"]
+
+
+def test_starting_from_another_run_takes_its_best_weights_and_shape(command):
+    a = command("a")
+    b = command("b", f"--init_from={a}", "--n_layer=2", "--max_iters=1")
+    best = min(e["val_loss"] for e in log(a, "val_loss") if e["step"])
+    assert log(b, "val_loss")[0]["val_loss"] == pytest.approx(best, abs=1e-6)
+    with pytest.raises(ValueError, match="n_layer is 2 in .* cannot become 3"):
+        command("c", f"--init_from={a}", "--n_layer=3")
+
+
+def test_resuming_refuses_another_model_or_optimizer_and_goes_on_with_more_steps(command):
+    run = command("a")
+    for option in ("--n_embd=64", "--optimizer=adamw", "--position=none"):
+        with pytest.raises(ValueError, match="cannot become"):
+            command("a", "--init_from=resume", option)
+    command("a", "--init_from=resume", "--max_iters=16")
+    assert [e["step"] for e in log(run, "val_loss")] == [0, 4, 8, 12, 16]
+
+
+def test_resuming_nothing_is_refused(command):
+    with pytest.raises(ValueError, match="no run in"):
+        command("nowhere", "--init_from=resume")
+
+
+def test_only_the_best_is_saved_if_asked(command):
+    run = command("a", "--always_save_checkpoint=False", "--learning_rate=0.3", "--lr_schedule=constant")
+    losses = {e["step"]: e["val_loss"] for e in log(run, "val_loss")}
+    best = min(losses, key=losses.__getitem__)
+    assert 0 < best < 12, "this run should first get better, then worse"
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == [f"step_{best:08d}"]
+
+
+def test_bfloat16_follows_float32(command):
+    full, half = command("full"), command("half", "--dtype=bfloat16")
+    assert (losses(full) - losses(half)).abs().max() < 0.05
+
+
+def test_a_sample_is_printed_when_asked(command, capsys):
+    command("a", "--sample_interval=8")
+    lines = capsys.readouterr().out.splitlines()
+    after = [lines[i + 1].startswith("step") for i, line in enumerate(lines[:-1]) if "val_loss" in line]
+    assert after == [False, True, False]  # at steps 0 and 8, not at 4; 12 is last
+
+
+def test_wandb_gets_the_same_numbers_offline(command, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = command("a", "--wandb_log=True", "--max_iters=2", "--eval_interval=2")
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_in_the_repository_builds(path):
+    config, model_config = train.configure([str(path)])
+    assert (
+        config.out_dir.startswith("out/")
+        and set(read_config_file(str(path))) <= vars(config).keys() | vars(model_config).keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--learning_rate=0", "learning_rate must be positive"), ("--batch_size=0", "batch_size must be at least 1"),
+     ("--optimizer=sgd", "muon, adamw"), ("--lr_schedule=x", "cosine, wsd, constant"), ("--beta1=2", "between 0 and 1"),
+     ("--compile=maybe", "compile must be"), ("--learning_rate=nan", "learning_rate"), ("--device=tpu", "device must"),
+     ("--device=cuda:99", "CUDA GPUs"), ("--dtype=int8", "dtype must be"), ("--block_size=100000", "block_size"),
+     ("--vocab_size=3", "vocab_size=3 is less"), ("--dataset=nothing", "no prepared corpus"),
+     ("--init_from=nowhere", "no run in")],
+)  # fmt: skip
+def test_bad_settings_are_refused_before_a_run_is_made(command, tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        command("a", option)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_cuda_compiled_follows_the_cpu(command, dtype):
+    cpu, gpu = command("cpu"), command("gpu", "--device=cuda", f"--dtype={dtype}")
+    assert (losses(cpu) - losses(gpu)).abs().max() < (1e-3 if dtype == "float32" else 0.05)
