@@ -1,0 +1,116 @@
+"""Seconds to nanoGPT's loss on tiny Shakespeare: nanoGPT's own recipe, then ours, then both scored alike.
+
+    python bench/time_to_loss.py --input tinyshakespeare.txt --nanogpt PATH_TO_A_CLONE [--gpu]
+
+Each run is the whole command a user would type, timed from start to exit, one after the other on an idle machine. Both
+final models are scored on the whole validation split, in the same consecutive windows. Without --gpu: nanoGPT's README
+recipe for a CPU against config/shakespeare_char_cpu.py, once with few steps (to reach nanoGPT's loss), once with its
+own number of steps. With --gpu: config/train_shakespeare_char.py against config/shakespeare_char.py.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.checkpoint import load_model  # noqa: E402
+from common.dataset import Corpus  # noqa: E402
+
+NANOGPT_CPU = (
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+).split()
+
+
+def timed(command: list[object], folder: Path) -> float:
+    """Run the command in that folder to its end; returns its seconds."""
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    return time.perf_counter() - begin
+
+
+def run_nanogpt(clone: Path, text: Path, work: Path, gpu: bool) -> tuple[float, torch.nn.Module]:
+    """Prepare the data and train in a copy of the clone; returns its seconds and the model it saved as its best."""
+    copy = Path(shutil.copytree(clone, work / "nanogpt", ignore=shutil.ignore_patterns(".git", "assets")))
+    shutil.copy(text, copy / "data/shakespeare_char/input.txt")
+    timed(["data/shakespeare_char/prepare.py"], copy)
+    seconds = timed(["train.py", "config/train_shakespeare_char.py", *([] if gpu else NANOGPT_CPU)], copy)
+    saved = torch.load(copy / "out-shakespeare-char/ckpt.pt", map_location="cpu", weights_only=True)
+    sys.path.insert(0, str(copy))
+    ours = sys.modules.pop("model")  # both projects call it that
+    from model import GPT, GPTConfig
+
+    sys.modules["model"] = ours
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()})
+    return seconds, model.eval()
+
+
+def run_ours(work: Path, config: str, name: str, *options: str) -> tuple[float, torch.nn.Module]:
+    """Train with our config; returns its seconds and its best model."""
+    out_dir = work / name
+    command = ["train.py", f"config/{config}.py", f"--dataset={work / 'corpus'}", f"--out_dir={out_dir}", *options]
+    seconds = timed(command, ROOT)
+    return seconds, load_model(out_dir)[0]
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, corpus: Corpus, block_size: int, device: str) -> float:
+    """Mean loss over the whole validation split, in consecutive windows of block_size."""
+    model, total, count = model.to(device), 0.0, 0
+    for idx, targets in corpus.windows("val", block_size, 128):
+        idx, targets = idx.to(device), targets.to(device)
+        logits = model(idx, targets)[0]  # nanoGPT gives all logits only if it gets targets
+        total += F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        ).item()
+        count += (targets != -100).sum().item()
+    return total / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="tinyshakespeare.txt")
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of nanoGPT")
+    parser.add_argument("--gpu", action="store_true", help="the baby GPT on a CUDA GPU")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the short run (default 200, with --gpu 400)")
+    arguments = parser.parse_args()
+    config, block_size, device = (
+        ("shakespeare_char", 256, "cuda") if arguments.gpu else ("shakespeare_char_cpu", 64, "cpu")
+    )
+    steps = arguments.steps or (400 if arguments.gpu else 200)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        text, clone = arguments.input.resolve(), arguments.nanogpt.resolve()
+        timed([ROOT / "data/shakespeare_char/prepare.py", f"--input={text}", f"--output={work / 'corpus'}"], work)
+        corpus = Corpus(work / "corpus")
+        gpu = torch.cuda.get_device_name() if arguments.gpu else "no GPU"
+        print(f"{os.cpu_count()} CPU cores, {gpu}, torch {torch.__version__}")
+        print(f"{'run':34} {'parameters':>10} {'seconds':>8} {'val loss':>9} {'speed-up':>9}")
+        theirs, model = run_nanogpt(clone, text, work, arguments.gpu)
+
+        def row(name: str, model: torch.nn.Module, seconds: float) -> None:
+            size, loss = sum(p.numel() for p in model.parameters()), score(model, corpus, block_size, device)
+            print(f"{name:34} {size:10,} {seconds:8.1f} {loss:9.4f} {theirs / seconds:8.2f}x", flush=True)
+
+        row("nanoGPT", model, theirs)
+        seconds, model = run_ours(work, config, "short", f"--max_iters={steps}", f"--eval_interval={steps}")
+        row(f"plainGPT, {steps} steps", model, seconds)
+        seconds, model = run_ours(work, config, "whole")
+        row("plainGPT, the whole config", model, seconds)
+
+
+if __name__ == "__main__":
+    main()
