@@ -339,11 +339,12 @@ class GPT(nn.Module):
         """The table below: which weights start as what. Normal distributions, given by their standard deviation.
 
         The layers that write to the residual stream start smaller, so that its variance does not grow with depth
-        [GPT-2 report, section 2.3]. Biases start at 0, norm weights at 1.
+        [GPT-2 report, section 2.3]; an embedding that need not serve as the head starts larger, as these writes are
+        soon much larger than 0.02. Biases start at 0, norm weights at 1.
         """
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
         std = {
-            "tok_emb": 0.02, "pos_emb": 0.02,
+            "tok_emb": 0.02 if self.config.tie_embeddings else 0.1, "pos_emb": 0.02,
             "qkv": 0.02, "out": residual,
             "up": 0.02, "down": residual,
             "head": 0.02,
@@ -374,6 +375,8 @@ class GPT(nn.Module):
             causal = self.config.causal
             mask = attention_mask(T, S, causal=causal, padding=padding, documents=documents, device=idx.device)
         else:
+            if not self.config.causal or padding is not None or documents is not None:
+                raise ValueError("a cache needs causal=True, and lengths in the place of padding and documents")
             S = cache.longest + T
             slots = cache.slots(T)
             # One token after a past of even length sees all of it; an empty cache is plain causal attention.
@@ -391,7 +394,7 @@ class GPT(nn.Module):
         if last_only:
             last = torch.full((B,), T - 1) if lengths is None else torch.tensor(lengths) - 1
             x = x[torch.arange(B), last].unsqueeze(1)
-        weight = self.head.weight
+        weight = self.head.weight  # NormHead: only the angle to x counts [Baichuan 2, arXiv 2309.10305, section 2.5]
         logits = F.linear(self.norm(x), F.normalize(weight, dim=-1) if self.config.norm_head else weight)
         return logits, None if targets is None else self.loss(logits, targets, target_count)
 

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -267,8 +267,9 @@ class Corpus:
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """The training batch of `step`: (idx, targets), both (B, T) int64, T = block_size, targets one token ahead.
 
-        A pure function of its arguments. `batch_size` is that of the whole step, over all micro-batches and
-        processes; `rows` picks this one's share of it, B rows, and only those are read.
+        A pure function of its arguments. An epoch is the split cut into windows, in an order and with an offset of its
+        own; every window comes once. `batch_size` is that of the whole step, over all micro-batches and processes;
+        `rows` picks this one's share of it, B rows, and only those are read.
         """
         import torch
 
@@ -280,8 +281,14 @@ class Corpus:
             )
         if seed < 0 or step < 0:
             raise ValueError(f"seed={seed}, step={step}: neither may be negative")
-        starts = np.random.default_rng([seed, step]).integers(len(tokens) - block_size, size=batch_size)[rows]
-        block = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))  # (B, T+1)
+        # One window less than fits leaves room for the offset
+        count = max(1, (len(tokens) - 1) // block_size - 1)
+        block = np.empty((len(range(batch_size)[rows]), block_size + 1), dtype=np.int64)  # (B, T+1)
+        for row, number in zip(block, range(step * batch_size, (step + 1) * batch_size)[rows], strict=True):
+            offset, order = _epoch(seed, number // count, count, len(tokens) - 1 - count * block_size)
+            start = offset + block_size * order[number % count]
+            row[:] = tokens[start : start + block_size + 1]
+        block = torch.from_numpy(block)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
     def windows(
@@ -320,6 +327,13 @@ class Corpus:
         if split not in self._tokens:
             self._tokens[split] = np.asarray(np.memmap(self.folder / f"{split}.bin", self._dtype, mode="r"))
         return self._tokens[split]
+
+
+@lru_cache(maxsize=2)  # a step may lie across two epochs
+def _epoch(seed: int, epoch: int, count: int, spare: int) -> tuple[int, np.ndarray]:
+    """The epoch's offset, 0 to spare, and its order of the count windows."""
+    rng = np.random.default_rng([seed, epoch])
+    return int(rng.integers(spare + 1)), rng.permutation(count)
 
 
 def _read_meta(folder: Path) -> dict:

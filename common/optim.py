@@ -94,10 +94,12 @@ def make_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, fused=True)
-    if not hidden:
-        return [adamw]
-    stacks = [rows.get(n, [p.size(0)]) for n, p in hidden.items()]
-    muon = Muon(list(hidden.values()), stacks, config.learning_rate, config.muon_momentum, config.weight_decay)
-    return [muon, adamw]
+    optimizers = []
+    if hidden:
+        stacks = [rows.get(n, [p.size(0)]) for n, p in hidden.items()]
+        muon = Muon(list(hidden.values()), stacks, config.learning_rate, config.muon_momentum, config.weight_decay)
+        optimizers.append(muon)
+    if rest:
+        betas, groups = (config.beta1, config.beta2), [g for g in groups if g["params"]]
+        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
+    return optimizers

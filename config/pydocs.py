@@ -11,6 +11,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 128
+rope_theta = 100.0  # wavelengths up to 600 tokens are enough for a context of 128
 tie_embeddings = False  # 97 characters: a head of its own costs next to nothing
 dropout = 0.0  # one pass over the text: nothing to overfit
 
@@ -19,6 +20,8 @@ max_iters = 1600
 learning_rate = 1e-2
 lr_schedule = "wsd"  # warm up, stay, then fall in a straight line to 0
 decay_fraction = 0.6
+muon_momentum = 0.9
+beta1 = 0.8
 
 eval_interval = 400  # the whole validation split each time
 sample_interval = 400  # and a sample, to watch it learn to spell

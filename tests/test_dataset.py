@@ -353,6 +353,18 @@ def test_slices_of_all_processes_together_are_the_whole_batch(tmp_path, processe
     assert equal([torch.cat(column) for column in zip(*parts, strict=True)], whole)
 
 
+def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(tmp_path):
+    corpus = numbers(tmp_path, range(8 * 31 + 1))  # 31 windows of 8 fit; one is left out for the offset
+    shape = {"seed": 0, "batch_size": 6, "block_size": 8}
+    epochs = [
+        torch.cat([corpus.batch("train", step, **shape)[0] for step in steps]) for steps in (range(5), range(5, 10))
+    ]
+    for idx in epochs:
+        starts = idx[:, 0].sort().values
+        assert torch.equal(starts, starts[0] + 8 * torch.arange(30))
+    assert not torch.equal(*epochs)
+
+
 def test_every_position_can_start_a_window(tmp_path):
     corpus = numbers(tmp_path, range(12))
     idx, targets = corpus.batch("train", 0, seed=0, batch_size=500, block_size=8)
