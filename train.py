@@ -9,6 +9,7 @@ nor the number of processes changes the gradient; compilation and data paralleli
 """
 
 import math
+import os
 import signal
 import sys
 import time
@@ -324,8 +325,10 @@ def configure(argv: list[str]) -> tuple[TrainConfig, GPTConfig]:
     return config, model_config
 
 
-def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int) -> Task:
+def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causal: bool) -> Task:
     """Predict every next token of the corpus."""
+    if not causal:
+        raise ValueError("causal=False: a model that sees its future has nothing to predict here; leave it True")
     whole = config.batch_size * config.gradient_accumulation_steps
 
     def batch(step: int, rows: slice) -> dict[str, Tensor]:
@@ -346,7 +349,7 @@ def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int) -> Ta
 
 def open_corpus(dataset: str) -> Corpus:
     """The corpus of that name under data/, or at that path."""
-    named = Path(__file__).parent / "data" / dataset
+    named = Path(os.path.relpath(Path(__file__).parent / "data" / dataset))
     return Corpus(named if named.is_dir() and not Path(dataset, "meta.json").exists() else dataset)
 
 
@@ -405,7 +408,7 @@ def main() -> None:
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
     try:
         model, optimizers, state = start(config, model_config, corpus, process)
-        task = pretraining_task(corpus, config, model_config.block_size)
+        task = pretraining_task(corpus, config, model_config.block_size, model_config.causal)
         if config.eval_only:
             metrics = evaluate(model, task, process)
             if process.rank == 0:

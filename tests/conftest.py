@@ -2,6 +2,9 @@ import importlib
 import os
 
 import pytest
+import torch
+
+from model import GPT, GPTConfig
 
 # A real plug-in of tiktoken, the only way to an encoding of its without the network. The pattern is GPT-2's; two ids
 # before the end-of-text token stand for nothing, as in some of the published encodings.
@@ -50,3 +53,19 @@ def corpus_folder(tmp_path_factory):
     documents = [("val" if i % 10 == 0 else "train", " ".join(rng.choice(words, 12)) + ".") for i in range(300)]
     write_corpus(folder, documents, CharTokenizer("".join(words) + " .", eot=True), workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt():
+    """A function that builds a small float64 model; all weights are random, norm weights and biases too."""
+
+    def build(seed=0, **options):
+        options = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 4, "n_embd": 16, "mlp_dim": 24} | options
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            model = GPT(GPTConfig(**options)).double().eval()
+            for weight in model.parameters():
+                weight += 0.3 * torch.randn_like(weight)
+        return model
+
+    return build

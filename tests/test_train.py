@@ -266,7 +266,7 @@ def test_every_config_in_the_repository_builds(path):
      ("--compile=maybe", "compile must be"), ("--learning_rate=nan", "learning_rate"), ("--device=tpu", "device must"),
      ("--device=cuda:99", "CUDA GPUs"), ("--dtype=int8", "dtype must be"), ("--block_size=100000", "block_size"),
      ("--vocab_size=3", "vocab_size=3 is less"), ("--dataset=nothing", "no prepared corpus"),
-     ("--init_from=nowhere", "no run in")],
+     ("--init_from=nowhere", "no run in"), ("--causal=False", "sees its future")],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_a_run_is_made(command, tmp_path, option, message):
     with pytest.raises(ValueError, match=message):
