@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python data/pydocs/prepare.py
 	$(BIN)/python train.py config/pydocs.py
 	@echo; echo "Three texts by the model:"; echo
-	$(BIN)/python sample.py --out_dir=out/pydocs --num_samples=3 --max_new_tokens=400
+	$(BIN)/python sample.py --out_dir=out/pydocs --prompt="The " --num_samples=3 --max_new_tokens=300 --temperature=0.6
 
 test: lint
 	$(BIN)/python -m pytest -q

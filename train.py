@@ -338,10 +338,9 @@ def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causa
     batch(0, slice(1))  # a corpus too short for block_size is refused here, before there is a run
 
     def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
-        rows = max(config.batch_size, 8192 // block_size)
-        for idx, targets in corpus.windows(
-            "val", block_size, rows, max_batches=config.eval_iters, rank=rank, world_size=world_size
-        ):
+        part = {"max_batches": config.eval_iters, "rank": rank, "world_size": world_size}
+        # The shape of a training batch: a compiled model needs no second compilation.
+        for idx, targets in corpus.windows("val", block_size, config.batch_size, **part):
             yield {"idx": idx, "targets": targets}
 
     return Task(batch, validation, corpus.num_tokens("val") / corpus.num_bytes("val"), corpus.tokenizer)
