@@ -1,14 +1,17 @@
-# make demo: install, prepare the embedded corpus, train on it, sample.     make test: install, check, test.
+# make demo: install, prepare the embedded corpus, train on it, sample. make test: install, check, test.
+# make install: the virtual environment .venv alone. make clean: removes it, and caches, but no corpus and no run.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo install test lint format clean
 
 demo: .venv/installed
 	$(BIN)/python data/pydocs/prepare.py
 	$(BIN)/python train.py config/pydocs.py
 	@echo; echo "Three texts by the model:"; echo
 	$(BIN)/python sample.py --out_dir=out/pydocs --prompt="The " --num_samples=3 --max_new_tokens=300 --temperature=0.6
+
+install: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -q
@@ -34,5 +37,5 @@ format: .venv/installed-dev
 	@touch $@ .venv/installed
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache out data/*/*.bin data/*/meta.json data/*/tokenizer.json
+	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

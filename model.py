@@ -406,7 +406,7 @@ class GPT(nn.Module):
         if kind == "learned":
             x = x + self.pos_emb.weight[at]
         elif kind == "sinusoidal":  # √C keeps the embedding from drowning in sines [Vaswani et al. 2017, section 3.4]
-            x = x * math.sqrt(self.config.n_embd) + self.sinusoids[at]
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoids[at].type_as(x)
         elif kind == "rope":
             rope = tuple(table[at] if positions is None or positions.dim() == 1 else table[at].unsqueeze(1)
                          for table in (self.cos, self.sin))  # fmt: skip

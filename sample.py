@@ -88,11 +88,12 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
 @torch.inference_mode()
 def stream(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, eos_id: int | None = None, seed: int = 0,
+    top_p: float = 1.0, eos_id: int | None = None, seed: int = 0, vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield each row's next token, step after step; None for a row that has ended with eos_id.
 
     prompts: token lists of any lengths of at least 1. Row i draws from the stream of seed + i, whatever the batch.
+    vocab_size: the tokenizer's, where the model's is rounded up; ids from there on are never drawn.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt must have at least one token")
@@ -113,7 +114,7 @@ def stream(
             logits, _ = model(idx, cache=cache, lengths=lengths, last_only=True)
         else:
             logits, _ = model(torch.tensor([row[-1:] for row in rows], device=weight.device), cache=cache)
-        tokens = choose(logits[:, -1], uniforms[:, step], temperature, top_k, top_p).tolist()
+        tokens = choose(logits[:, -1, :vocab_size], uniforms[:, step], temperature, top_k, top_p).tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.append(token)
         yield [token if going else None for token, going in zip(tokens, alive, strict=True)]
@@ -122,9 +123,13 @@ def stream(
             return
 
 
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
-    """The new tokens of each prompt (the closing eos_id included), with the options of `stream`."""
-    columns = list(stream(model, prompts, max_new_tokens, **options))
+def generate(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, eos_id: int | None = None, seed: int = 0, vocab_size: int | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """The new tokens of each prompt, the closing eos_id included; the arguments are those of `stream`."""
+    columns = list(stream(model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                          eos_id=eos_id, seed=seed, vocab_size=vocab_size))  # fmt: skip
     return [[column[i] for column in columns if column[i] is not None] for i in range(len(prompts))]
 
 
@@ -167,12 +172,13 @@ def main() -> None:
     (config,) = build(read_arguments(sys.argv[1:]), SampleConfig)
     device = pick_device(config.device)
     model, tokenizer, _ = load_model(config.out_dir, config.checkpoint, device)
-    model = model.to(DTYPES[pick_dtype(config.dtype, device)])
+    for p in model.parameters():  # not the tables of positions: training has them in float32 too
+        p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
     text = read_prompt(config.prompt)
     prompts = [prompt_tokens(tokenizer, text)] * config.num_samples
     columns = stream(
         model, prompts, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        eos_id=tokenizer.eot_id, seed=config.seed,
+        eos_id=tokenizer.eot_id, seed=config.seed, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     others: list[list[int | None]] = []
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, cli
 from common.config import build, help_text, read_arguments
 from common.dataset import Corpus
-from common.device import Process, autocast, peak_flops, start_process
+from common.device import Process, autocast, peak_flops, start_process, stop_process
 from common.log import Log, rewind_log
 from common.optim import SCHEDULES, learning_rate_at, make_optimizers
 from common.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -37,7 +37,9 @@ from sample import generate, prompt_tokens
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
 USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no config: config/pydocs.py)
-       torchrun --nproc_per_node=N train.py config/x.py [--key=value ...]"""
+       torchrun --nproc_per_node=N train.py config/x.py [--key=value ...]
+
+The keys, with the values that hold where neither the config file nor the command line says otherwise:"""
 
 # What a run that goes on from another's weights may change of its model; any other field would make it another model.
 MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
@@ -122,10 +124,13 @@ class Trainer:
         self.model, self.optimizers, self.task, self.config, self.process = model, optimizers, task, config, process
         self.state = state or {"step": 0, "val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == "float16")
-        self.scaler.load_state_dict(self.state["scaler"])
+        if self.state["scaler"]:
+            self.scaler.load_state_dict(self.state["scaler"])
         compiled = config.compile is True or config.compile == "auto" and process.device.type == "cuda"
         self.evaluator = torch.compile(model) if compiled else model
-        self.network = DistributedDataParallel(self.evaluator) if process.world_size > 1 else self.evaluator
+        self.network = self.evaluator
+        if process.world_size > 1:
+            self.network = DistributedDataParallel(self.evaluator, broadcast_buffers=False)  # they are constants
         self.saved_step = self.state["step"]  # nothing to save or evaluate there
         self.pending: list[Tensor] = []  # loss and gradient norm of steps that nobody has waited for
         self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
@@ -141,7 +146,7 @@ class Trainer:
         self.clock = time.perf_counter()
         settings = asdict(config) | asdict(self.model.config)
         self.log = Log(config, settings, self.process.rank == 0, state["step"])
-        with closing(self.log), interruptible(self.process.world_size == 1) as caught:
+        with closing(self.log), closing(self), interruptible(self.process.world_size == 1) as caught:
             while True:
                 step = state["step"]
                 due = step % config.eval_interval == 0 or step >= config.max_iters
@@ -160,19 +165,23 @@ class Trainer:
                 if state["step"] % config.log_interval == 0:
                     self.flush()
 
+    def close(self) -> None:
+        """Let go of the wrapped model, whatever ends the run: see `stop_process`."""
+        del self.network, self.evaluator
+
     def update(self) -> None:
         """One step: gradients of all its micro-batches, one update of the weights."""
         config, process, step = self.config, self.process, self.state["step"]
-        torch.manual_seed(int(np.random.default_rng([config.seed, step, process.rank]).integers(2**63)))  # dropout
         B, micro_steps = config.batch_size, config.gradient_accumulation_steps // process.world_size
-        first = process.rank * micro_steps * B
-        batches = [self.task.batch(step, slice(first + i * B, first + (i + 1) * B)) for i in range(micro_steps)]
+        mine = range(process.rank * micro_steps, (process.rank + 1) * micro_steps)
+        batches = [self.task.batch(step, slice(i * B, (i + 1) * B)) for i in mine]
         (count,) = process.total(sum(int((batch["targets"] != IGNORE).sum()) for batch in batches))
         # DDP averages the gradients over processes, and we want their sum: hence the division by world_size here.
-        count = torch.tensor(max(count, 1.0) / process.world_size, device=process.device)
+        count = torch.full((), max(count, 1.0) / process.world_size, device=process.device)
         step_loss = torch.zeros((), device=process.device)
-        for i, batch in enumerate(batches):
-            waits = process.world_size > 1 and i < micro_steps - 1
+        for i, batch in zip(mine, batches, strict=True):
+            torch.manual_seed(int(np.random.default_rng([config.seed, step, i]).integers(2**63)))  # dropout
+            waits = process.world_size > 1 and i < mine[-1]
             with self.network.no_sync() if waits else nullcontext():  # exchange gradients once per step
                 with autocast(process.device, process.dtype):
                     _, loss = self.network(**to_device(batch, process.device), target_count=count)
@@ -184,10 +193,13 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or float("inf"))
+        # A float16 gradient may overflow in the weights of one optimizer: then all of them skip the step.
+        skip = process.dtype == "float16" and not grad_norm.isfinite()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
-            self.scaler.step(optimizer)
+            if not skip:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.pending.append(torch.stack((step_loss, grad_norm)))
@@ -203,7 +215,7 @@ class Trainer:
             losses = torch.stack(self.pending).tolist()
             for step, (loss, norm) in enumerate(losses, start=last - len(losses) + 1):
                 if not (math.isfinite(loss) and (math.isfinite(norm) or self.process.dtype == "float16")):
-                    raise ValueError(not_finite(step, loss, norm, config.out_dir))
+                    raise ValueError(broken_down(f"step {step}: loss {loss}, gradient norm {norm}", config.out_dir))
             now = time.perf_counter()
             speed = self.tokens_per_step * len(losses) / (now - self.clock)
             if last % config.log_interval == 0 or last == config.max_iters:
@@ -221,12 +233,15 @@ class Trainer:
         self.flush()
         config, state = self.config, self.state
         metrics = evaluate(self.evaluator, self.task, self.process)
+        if not math.isfinite(metrics["val_loss"]):
+            raise ValueError(broken_down(f"step {state['step']}: val_loss {metrics['val_loss']}", config.out_dir))
         self.log.evaluation(step=state["step"], **metrics, seconds=time.perf_counter() - self.begin)
-        best = state["best_val_loss"] is None or metrics["val_loss"] < state["best_val_loss"]
-        if best:
-            state["best_val_loss"] = metrics["val_loss"]
-        if state["step"] and (best or config.always_save_checkpoint):
-            self.save(metrics["val_loss"])
+        if state["step"]:
+            best = state["best_val_loss"] is None or metrics["val_loss"] < state["best_val_loss"]
+            if best:
+                state["best_val_loss"] = metrics["val_loss"]
+            if best or config.always_save_checkpoint:
+                self.save(metrics["val_loss"])
         if config.sample_interval and state["step"] % config.sample_interval == 0 and self.process.rank == 0:
             self.log.say(preview(self.model, self.task.tokenizer, config.seed))
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
@@ -273,6 +288,8 @@ def interruptible(alone: bool) -> Iterator[list[int]]:
     def remember(number: int, _frame) -> None:
         if alone and number == signal.SIGINT in caught:
             raise KeyboardInterrupt
+        if alone:
+            print("\nfinishing the step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
         caught.append(number)
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -283,13 +300,12 @@ def interruptible(alone: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def not_finite(step: int, loss: float, norm: float, out_dir: str) -> str:
-    """What to say when training has broken down."""
+def broken_down(what: str, out_dir: str) -> str:
+    """What to say when a number is not finite."""
     saved = checkpoint.list_checkpoints(out_dir)
     last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
-    return (
-        f"step {step}: loss {loss}, gradient norm {norm}; {last}. Try a lower learning_rate, more warmup_iters, "
-        "a smaller grad_clip or dtype=float32" + (", with --init_from=resume" if saved else "")
+    return f"{what}; {last}. Try a lower learning_rate, more warmup_iters, a smaller grad_clip or dtype=float32" + (
+        ", with --init_from=resume" if saved else ""
     )
 
 
@@ -297,7 +313,9 @@ def preview(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
     """A short text from the model as it is now."""
     model.eval()
     prompt = prompt_tokens(tokenizer, "")
-    (tokens,) = generate(model, [prompt], 200, temperature=0.8, eos_id=tokenizer.eot_id, seed=seed)
+    (tokens,) = generate(
+        model, [prompt], 200, temperature=0.8, eos_id=tokenizer.eot_id, vocab_size=tokenizer.vocab_size, seed=seed
+    )
     model.train()
     return tokenizer.decode(t for t in tokens if t != tokenizer.eot_id)
 
@@ -310,7 +328,7 @@ def configure(argv: list[str]) -> tuple[TrainConfig, GPTConfig]:
     """The configs that the arguments ask for, on top of those of the run they resume or start from."""
     given = read_arguments(argv)
     init_from = given.get("init_from", ("scratch",))[0]
-    if init_from != "resume" and not any(not argument.startswith("--") for argument in argv):
+    if init_from == "scratch" and not any(not argument.startswith("--") for argument in argv):
         given = read_arguments([DEFAULT_CONFIG, *argv])
     if init_from == "scratch":
         return tuple(build(given, TrainConfig, GPTConfig))
@@ -349,7 +367,10 @@ def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causa
 def open_corpus(dataset: str) -> Corpus:
     """The corpus of that name under data/, or at that path."""
     named = Path(os.path.relpath(Path(__file__).parent / "data" / dataset))
-    return Corpus(named if named.is_dir() and not Path(dataset, "meta.json").exists() else dataset)
+    corpus = Corpus(named if named.is_dir() and not Path(dataset, "meta.json").exists() else dataset)
+    if corpus.num_tokens("train") < 2**28:  # a second of checksums is worth it, minutes are not
+        corpus.verify()
+    return corpus
 
 
 def check_tokenizers(corpus: Corpus, out_dir: str) -> None:
@@ -413,6 +434,11 @@ def main() -> None:
             if process.rank == 0:
                 print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             return
+        if state and state["step"] >= config.max_iters:
+            if process.rank == 0:
+                print(f"{config.out_dir} has done {state['step']} of {config.max_iters} steps: --max_iters=N goes on")
+            return
+        process.total(0)  # all have read what open_run may move
         if process.rank == 0:
             open_run(config, model_config, corpus, state)
             counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
@@ -420,8 +446,7 @@ def main() -> None:
             print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
         Trainer(model, optimizers, task, config, process, state).train()
     finally:
-        if process.world_size > 1:
-            dist.destroy_process_group()
+        stop_process(process)
 
 
 if __name__ == "__main__":

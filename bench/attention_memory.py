@@ -46,9 +46,12 @@ def measure(kind: str, T: int, device: str, results: Path) -> None:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     forward_and_backward(16)  # what the libraries load on first use is not attention's
+    synchronize()
     before, start = peak(), time.perf_counter()
     mine = forward_and_backward(T)
+    synchronize()
     grown, seconds = peak() - before, time.perf_counter() - start
     difference = float("nan")
     if results.exists():

@@ -85,14 +85,21 @@ def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: di
     for name in (*FILES, "manifest.json", "."):
         sync(temporary / name)
     if folder.exists():  # the same step again, of a run that went back to an older checkpoint
-        shutil.rmtree(folder)
+        delete(folder)
     temporary.rename(folder)
     sync(parent)
     keep = {folder, find_checkpoint(out_dir, "best")}
     for old in list_checkpoints(out_dir):
         if old not in keep:
-            shutil.rmtree(old)
+            delete(old)
     return folder
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, out of sight first: a kill on the way leaves no half of one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
@@ -127,11 +134,11 @@ def sha256(path: Path) -> str:
 
 def list_checkpoints(out_dir: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(Path(out_dir).glob("checkpoints/step_*"))
+    return sorted(Path(out_dir).glob("checkpoints/step_" + 8 * "[0-9]"))
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json: step, val_loss, tokens, seconds. ValueError if it is missing or damaged."""
+    """The checkpoint's state.json: step, val_loss, seconds and so on. ValueError if it is missing or damaged."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return {"val_loss": None, **state, "step": int(state["step"])}

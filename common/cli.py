@@ -13,9 +13,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # our reader has left, as in `... | head`: no complaint, and none from the final flush either
+    except BrokenPipeError:
+        # Our reader has left, as in `... | head`: no complaint, and none from the final flush either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:

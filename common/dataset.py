@@ -79,7 +79,9 @@ def write_corpus(
         for split in SPLITS:
             os.replace(temporary[split], folder / f"{split}.bin")
         tokenizer.save(folder)
-        meta = FORMAT | {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "splits": splits}
+        meta = FORMAT | {
+            "dtype": dtype, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": splits,
+        }  # fmt: skip
         write_json(folder / META, meta)
         return meta
     finally:

@@ -1,5 +1,6 @@
 """What to run on: the device, its precision, how fast it could go at best, and the processes that train together."""
 
+import gc
 import os
 import time
 from contextlib import nullcontext
@@ -13,7 +14,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Dense peak of the tensor cores in FLOP/s, from the vendor's data sheets: (bf16 and fp16, tf32)
 PEAK_FLOPS = {
     "B200": (2250e12, 1125e12), "H200": (989e12, 495e12), "H100": (989e12, 495e12), "A100": (312e12, 156e12),
-    "L40S": (362e12, 183e12), "L4": (121e12, 60e12), "RTX 4090": (165e12, 83e12), "RTX 3090": (71e12, 36e12),
+    "L40S": (362e12, 183e12), "L40": (181e12, 90e12), "L4": (121e12, 60e12),
+    "RTX 4090": (165e12, 83e12), "RTX 3090": (71e12, 36e12),
 }  # fmt: skip
 
 
@@ -101,8 +103,17 @@ def start_process(device: str, dtype: str, micro_steps: int) -> Process:
     if world_size > 1:
         if picked.type == "cuda":
             picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(picked)
         dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
     if picked.type == "cuda":
+        torch.cuda.set_device(picked)
         torch.set_float32_matmul_precision("high")  # TF32
     return Process(rank, world_size, picked, pick_dtype(dtype, picked))
+
+
+def stop_process(process: Process) -> None:
+    """Leave the processes that train together."""
+    if process.world_size > 1:
+        # DDP is a cycle of references. Left alone, it keeps gloo's threads alive until the interpreter goes down under
+        # them, which now and then is a crash.
+        gc.collect()
+        dist.destroy_process_group()

@@ -67,7 +67,9 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         by_shape = defaultdict(list)  # (r, c) with r <= c → pairs of a weight matrix and its momentum, both (r, c)
         for weight, rows in zip(group["params"], self.rows, strict=True):
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            momentum = self.state[weight]["momentum"]
             momentum.lerp_(weight.grad, 1 - group["momentum"])
             ahead = weight.grad.lerp(momentum, group["momentum"])  # Nesterov: where the momentum is going
             weight.mul_(1 - group["lr"] * group["weight_decay"])

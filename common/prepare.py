@@ -9,6 +9,7 @@ import argparse
 import codecs
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -67,7 +68,9 @@ def prepare_from_hub(description: str, output: Path, name: str, subset: str | No
     """The whole command for the Hub's data set `name`: see `hub_documents`."""
     parser = corpus_parser(description, output=output, tokenizer="gpt2", val_fraction=0.0005)
     parser.add_argument("--input", nargs="+", metavar="FILE", help="read these .parquet or .jsonl files, not the Hub")
-    parser.add_argument("--max_documents", type=int, metavar="N", help="take the first N documents; default: all")
+    parser.add_argument(
+        "--max_documents", type=int, metavar="N", help="take the first N documents (10000 to try it out); default: all"
+    )
     args = parser.parse_args()
     if args.max_documents is not None and args.max_documents < 1:
         raise ValueError(f"--max_documents={args.max_documents}: give 1 or more, or leave it out for all")
@@ -83,7 +86,8 @@ def prepare_from_hub(description: str, output: Path, name: str, subset: str | No
 
 
 def report(folder: str | Path, meta: dict) -> None:
-    print(f"{folder}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']} tokens")
+    """Print what a corpus holds."""
+    print(f"{os.path.relpath(folder)}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']} tokens")
     for split in SPLITS:
         tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
         print(f"  {split:5} {documents:>13,} documents {size:>16,} bytes of text {tokens:>16,} tokens")

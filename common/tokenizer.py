@@ -1,8 +1,8 @@
 """Text to token ids and back: characters, or any encoding of tiktoken, behind one small interface.
 
-Every tokenizer here has `vocab_size`, `eot_id` (the id of <|endoftext|>, or None), `encode(text)`, `decode(ids)` and
-`save(folder)`. `encode` treats everything as ordinary text: a special token spelled out in it stays text, so that no
-document can forge the end of a document. `load_tokenizer` reads back what `save` wrote, plain JSON.
+Every tokenizer here has `name`, `vocab_size`, `eot_id` (the id of <|endoftext|>, or None), `encode(text)`,
+`decode(ids)` and `save(folder)`. `encode` treats everything as ordinary text: a special token spelled out in it stays
+text, so that no document can forge the end of a document. `load_tokenizer` reads back what `save` wrote, plain JSON.
 """
 
 import difflib
@@ -24,7 +24,7 @@ class CharTokenizer:
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise ValueError("a char tokenizer needs at least one character: is the text empty?")
-        self.vocab_size = len(self.characters) + eot
+        self.name, self.vocab_size = "char", len(self.characters) + eot
         self.eot_id = len(self.characters) if eot else None
         self._spellings = [*self.characters, *([EOT] if eot else [])]
         # One entry per Unicode code point, -1 for those without an id: encoding is then one numpy look-up per text.

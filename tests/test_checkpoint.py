@@ -106,6 +106,29 @@ def test_a_save_that_was_killed_leaves_no_checkpoint_and_is_cleaned_up(run):
     assert sorted(path.name for path in parent.iterdir()) == ["step_00000001", "step_00000004"]
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_one(run, monkeypatch):
+    out_dir, model, optimizers = run
+
+    def killed(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
+    assert names(out_dir) == ["step_00000001", "step_00000003"]
+    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 4, "val_loss": 3.0})
+    assert sorted(path.name for path in (out_dir / "checkpoints").iterdir()) == ["step_00000001", "step_00000004"]
+
+
+def test_a_user_s_own_copy_of_a_checkpoint_is_left_alone(run):
+    out_dir, model, optimizers = run
+    parent = out_dir / "checkpoints"
+    shutil.copytree(parent / "step_00000002", parent / "step_00000002_keep")
+    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
+    assert (parent / "step_00000002_keep").exists() and names(out_dir) == ["step_00000001", "step_00000003"]
+
+
 def test_weights_of_another_shape_are_refused_by_name(run):
     out_dir, _, _ = run
     other = GPT(GPTConfig(**SHAPE | {"n_embd": 32}))

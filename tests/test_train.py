@@ -152,7 +152,7 @@ def torchrun(processes: int, out_dir: Path, corpus_folder: Path, *options: str) 
 
 
 def test_two_processes_are_one(command, corpus_folder, tmp_path):
-    options = ["--batch_size=2", "--gradient_accumulation_steps=4"]
+    options = ["--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.1"]
     one = command("one", *options)
     result = torchrun(2, tmp_path / "two", corpus_folder, *options)
     assert result.returncode == 0, result.stderr
@@ -230,9 +230,85 @@ def test_only_the_best_is_saved_if_asked(command):
     assert [path.name for path in checkpoint.list_checkpoints(run)] == [f"step_{best:08d}"]
 
 
-def test_bfloat16_follows_float32(command):
-    full, half = command("full"), command("half", "--dtype=bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_float32(command, dtype):
+    full, half = command("full"), command("half", f"--dtype={dtype}")
     assert (losses(full) - losses(half)).abs().max() < 0.05
+
+
+def test_float16_resumes_with_its_loss_scale(command, monkeypatch):
+    whole = command("whole", "--dtype=float16")
+    update = train.Trainer.update
+
+    def deadly(trainer):
+        if trainer.state["step"] == 6:
+            raise Killed
+        update(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "update", deadly)
+        command("killed", "--dtype=float16")
+    run = command("killed", "--init_from=resume")
+    assert log(run) == log(whole) and final_files(run) == final_files(whole)
+    assert checkpoint.read_state(checkpoint.find_checkpoint(run, "latest"))["scaler"]["scale"] == 65536
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_float16_overflow_in_one_weight_skips_the_step_for_all(command, monkeypatch, value):
+    before = {}
+
+    class Overflow(train.Trainer):
+        def update(self):
+            before.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
+            weight, unscale = self.model.blocks[0].mlp.down.weight, self.scaler.unscale_
+
+            def poisoned(optimizer):
+                if self.state["step"] == 3 and optimizer is self.optimizers[0]:
+                    weight.grad[0, 0] = value
+                unscale(optimizer)
+
+            self.scaler.unscale_ = poisoned
+            super().update()
+            self.scaler.unscale_ = unscale
+            if self.state["step"] == 4:
+                assert all(torch.equal(p, before[name]) for name, p in self.model.named_parameters())
+                assert self.scaler.get_scale() == 32768
+
+    monkeypatch.setattr(train, "Trainer", Overflow)
+    assert checkpoint.list_checkpoints(command("a", "--dtype=float16"))
+
+
+def test_a_padded_vocabulary_is_never_sampled_beyond_the_tokenizer(command, capsys):
+    run = command("a", "--vocab_size=128", "--sample_interval=4", "--max_iters=4")
+    assert checkpoint.load_model(run)[0].config.vocab_size == 128
+
+
+def test_a_step_that_breaks_the_model_is_not_saved(command, tmp_path):
+    options = ["--learning_rate=1e15", "--warmup_iters=0", "--eval_interval=1", "--max_iters=40"]
+    with pytest.raises(ValueError, match="(nan|inf).*Try a lower learning_rate"):
+        command("a", *options)
+    for path in checkpoint.list_checkpoints(tmp_path / "a"):
+        assert checkpoint.read_state(path)["val_loss"] < float("inf")
+
+
+def test_a_run_that_only_gets_worse_still_leaves_a_checkpoint(command):
+    options = ["--learning_rate=50", "--warmup_iters=0", "--lr_schedule=constant", "--always_save_checkpoint=False"]
+    assert checkpoint.list_checkpoints(command("a", *options))
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(command, capsys):
+    run = command("a")
+    config = (run / "config.json").read_text()
+    command("a", "--init_from=resume", "--max_iters=5")
+    assert "has done 12 of 5 steps" in capsys.readouterr().out and (run / "config.json").read_text() == config
+
+
+def test_another_run_s_shape_needs_no_config_file(command, corpus_folder, tmp_path, monkeypatch):
+    source = command("a")
+    arguments = [f"--init_from={source}", f"--dataset={corpus_folder}", f"--out_dir={tmp_path / 'b'}", "--max_iters=1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+    assert checkpoint.load_config(tmp_path / "b")["model"] == checkpoint.load_config(source)["model"]
 
 
 def test_a_sample_is_printed_when_asked(command, capsys):
