@@ -159,7 +159,7 @@ def read_prompt(prompt: str) -> str:
     if not prompt.startswith("FILE:"):
         return prompt
     try:
-        return Path(prompt[5:]).read_text(encoding="utf-8")
+        return Path(prompt[5:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"cannot read the prompt file {prompt[5:]}: {reason}") from None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -81,15 +82,21 @@ class TrainConfig:
     def __post_init__(self):
         positive = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
         lowest = dict.fromkeys(positive, 1)
-        lowest |= dict.fromkeys(("seed", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters"), 0)
+        lowest |= dict.fromkeys(
+            ("seed", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "sample_interval"), 0
+        )
         for name, low in lowest.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
-        for name in ("beta1", "beta2", "muon_momentum", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.learning_rate <= 1000:
+            raise ValueError(f"learning_rate must be positive and at most 1000, not {self.learning_rate}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be between 0 and 1, not {self.decay_fraction}")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name, allowed in {"optimizer": ("muon", "adamw"), "lr_schedule": SCHEDULES}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -235,13 +242,15 @@ class Trainer:
         metrics = evaluate(self.evaluator, self.task, self.process)
         if not math.isfinite(metrics["val_loss"]):
             raise ValueError(broken_down(f"step {state['step']}: val_loss {metrics['val_loss']}", config.out_dir))
-        self.log.evaluation(step=state["step"], **metrics, seconds=time.perf_counter() - self.begin)
+        event = {"step": state["step"], **metrics, "seconds": time.perf_counter() - self.begin}
+        self.log.event(event)
         if state["step"]:
             best = state["best_val_loss"] is None or metrics["val_loss"] < state["best_val_loss"]
             if best:
                 state["best_val_loss"] = metrics["val_loss"]
             if best or config.always_save_checkpoint:
                 self.save(metrics["val_loss"])
+        self.log.show_evaluation(event)  # after saving: a terminal that is gone costs nothing
         if config.sample_interval and state["step"] % config.sample_interval == 0 and self.process.rank == 0:
             self.log.say(preview(self.model, self.task.tokenizer, config.seed))
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
@@ -375,7 +384,8 @@ def open_corpus(dataset: str) -> Corpus:
 
 def check_tokenizers(corpus: Corpus, out_dir: str) -> None:
     """ValueError unless the run in out_dir was trained with the corpus's tokenizer."""
-    if (Path(out_dir) / TOKENIZER_FILE).read_bytes() != (corpus.folder / TOKENIZER_FILE).read_bytes():
+    path = Path(out_dir) / TOKENIZER_FILE
+    if not path.is_file() or path.read_bytes() != (corpus.folder / TOKENIZER_FILE).read_bytes():
         raise ValueError(
             f"{out_dir} was trained with another tokenizer than that of {corpus.folder}: prepare the text again"
         )
@@ -392,14 +402,17 @@ def start(
         )
     torch.manual_seed(config.seed)
     model, state = GPT(model_config), None
-    source = config.out_dir if config.init_from == "resume" else config.init_from
+    source, resuming = config.init_from, False
+    if source == "resume":
+        check_tokenizers(corpus, config.out_dir)
+        resuming = bool(checkpoint.list_checkpoints(config.out_dir))
+        source = config.out_dir if resuming else first_init_from(config)  # killed before it saved: start over
     if source != "scratch":
         check_tokenizers(corpus, source)
-        if config.init_from != "resume" or checkpoint.list_checkpoints(source):
-            path = checkpoint.find_checkpoint(source, "latest" if config.init_from == "resume" else "best")
-            checkpoint.verify(path)
-            checkpoint.load_weights(model, path)
-            state = checkpoint.read_state(path) if config.init_from == "resume" else None
+        path = checkpoint.find_checkpoint(source, "latest" if resuming else "best")
+        checkpoint.verify(path)
+        checkpoint.load_weights(model, path)
+        state = checkpoint.read_state(path) if resuming else None
     model.to(process.device)
     optimizers = make_optimizers(model, config)
     if state:
@@ -407,16 +420,23 @@ def start(
     return model, optimizers, state
 
 
-def open_run(config: TrainConfig, model_config: GPTConfig, corpus: Corpus, state: dict | None) -> None:
-    """Make the run's folder, or rewind its log to the checkpoint that it goes on from."""
-    if config.init_from == "resume":
+def first_init_from(config: TrainConfig) -> str:
+    """What the run in out_dir began from, however often it was resumed."""
+    return checkpoint.load_config(config.out_dir)["train"].get("init_from", "scratch")
+
+
+def open_run(config: TrainConfig, model_config: GPTConfig, corpus: Corpus, state: dict | None) -> TextIO:
+    """Make the run's folder, or rewind its log to the checkpoint that it goes on from; returns the lock on it."""
+    init_from = config.init_from
+    lock = checkpoint.lock_run(config.out_dir) if Path(config.out_dir, ".lock").exists() else None
+    if init_from == "resume":
+        init_from = first_init_from(config)
         rewind_log(config.out_dir, state["step"] if state else -1)
-        checkpoint.save_config(config.out_dir, asdict(model_config), asdict(config))
-        return
-    aside = checkpoint.start_run(config.out_dir, corpus.tokenizer)
-    checkpoint.save_config(config.out_dir, asdict(model_config), asdict(config))
-    if aside:
+    elif aside := checkpoint.start_run(config.out_dir, corpus.tokenizer):
         print(f"{config.out_dir} held a run already: it is now {aside}")
+        lock = None  # it went with the folder
+    checkpoint.save_config(config.out_dir, asdict(model_config), asdict(config) | {"init_from": init_from})
+    return lock or checkpoint.lock_run(config.out_dir)
 
 
 def main() -> None:
@@ -426,6 +446,7 @@ def main() -> None:
     config, model_config = configure(sys.argv[1:])
     corpus = open_corpus(config.dataset)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
+    lock = None
     try:
         model, optimizers, state = start(config, model_config, corpus, process)
         task = pretraining_task(corpus, config, model_config.block_size, model_config.causal)
@@ -440,12 +461,14 @@ def main() -> None:
             return
         process.total(0)  # all have read what open_run may move
         if process.rank == 0:
-            open_run(config, model_config, corpus, state)
+            lock = open_run(config, model_config, corpus, state)
             counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
             print(f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}")
             print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
         Trainer(model, optimizers, task, config, process, state).train()
     finally:
+        if lock:
+            lock.close()
         stop_process(process)
 
 

@@ -8,20 +8,25 @@ file and is verified on loading; all of it is JSON and raw arrays, so that loadi
 state to save, since batches and dropout are pure functions of (seed, step).
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.tokenizer import FILE_NAME as TOKENIZER_FILE
 from common.tokenizer import Tokenizer, load_tokenizer, write_json
 from model import GPT, GPTConfig
 
+GO_ON = "delete that checkpoint's folder to go on from the one before"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -30,9 +35,14 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def start_run(out_dir: str, tokenizer: Tokenizer) -> Path | None:
-    """Make the folder of a new run; a run that is already there moves aside to out_dir.1, .2, …, which is returned."""
+    """Make the folder of a new run; a run that is already there moves aside to out_dir.1, .2, …, which is returned.
+
+    ValueError for a folder that is something else.
+    """
     folder, aside = Path(out_dir), None
-    if (folder / "config.json").exists():
+    if not folder.name or folder.is_file() or (folder / "meta.json").exists() or (folder / "prepare.py").exists():
+        raise ValueError(f"out_dir={out_dir!r} is no place for a run: name a new folder, such as out/mine")
+    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
@@ -40,6 +50,17 @@ def start_run(out_dir: str, tokenizer: Tokenizer) -> Path | None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return aside
+
+
+def lock_run(out_dir: str | Path) -> TextIO:
+    """Hold the run while the returned file is open. ValueError if another process is training there."""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out_dir) / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {out_dir}: choose another --out_dir, or stop it") from None
+    return file
 
 
 def save_config(out_dir: str, model: dict, train: dict) -> None:
@@ -57,7 +78,7 @@ def load_config(out_dir: str | Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return {"model": dict(config["model"]), "train": dict(config["train"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not the config.json of a run") from None
 
 
@@ -75,15 +96,11 @@ def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: di
         shutil.rmtree(leftover)
     folder = parent / f"step_{state['step']:08d}"
     temporary = parent / f".{folder.name}.tmp"
-    temporary.mkdir()
-    # named_parameters() names a tied weight once, and leaves out the tables that are made from the config
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, temporary / FILES[0])
-    save_file(optimizer_tensors(model, optimizers), temporary / FILES[1])
-    (temporary / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    manifest = {"files": {name: sha256(temporary / name) for name in FILES}}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for name in (*FILES, "manifest.json", "."):
-        sync(temporary / name)
+    try:
+        write_checkpoint(temporary, model, optimizers, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(f"cannot write {folder}: {error}; make room, then --init_from=resume") from None
     if folder.exists():  # the same step again, of a run that went back to an older checkpoint
         delete(folder)
     temporary.rename(folder)
@@ -93,6 +110,19 @@ def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: di
         if old not in keep:
             delete(old)
     return folder
+
+
+def write_checkpoint(folder: Path, model: GPT, optimizers: list, state: dict) -> None:
+    """The files of a checkpoint, on the disk when this returns."""
+    folder.mkdir(parents=True)
+    # named_parameters() names a tied weight once, and leaves out the tables that are made from the config
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / FILES[0])
+    save_file(optimizer_tensors(model, optimizers), folder / FILES[1])
+    (folder / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    manifest = {"files": {name: sha256(folder / name) for name in FILES}}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for name in (*FILES, "manifest.json", "."):
+        sync(folder / name)
 
 
 def delete(checkpoint: Path) -> None:
@@ -134,7 +164,8 @@ def sha256(path: Path) -> str:
 
 def list_checkpoints(out_dir: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(Path(out_dir).glob("checkpoints/step_" + 8 * "[0-9]"))
+    found = [path for path in Path(out_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -142,7 +173,7 @@ def read_state(checkpoint: Path) -> dict:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return {"val_loss": None, **state, "step": int(state["step"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise ValueError(f"{checkpoint} is damaged: state.json cannot be read; delete it to use another one") from None
 
 
@@ -169,8 +200,8 @@ def verify(checkpoint: Path) -> None:
     try:
         expected = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
         expected = {name: expected[name] for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{checkpoint}/manifest.json is missing or damaged; use another checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{checkpoint}/manifest.json is missing or damaged; {GO_ON}") from None
     for name, checksum in expected.items():
         if not (checkpoint / name).is_file() or sha256(checkpoint / name) != checksum:
             raise ValueError(
@@ -205,7 +236,7 @@ def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:
     for label, tensor in read_tensors(checkpoint / FILES[1]).items():
         name, key = label.rsplit("/", 1)
         p = parameters.get(name)
-        if p is None or p not in owner:
+        if p is None or p not in owner or tensor.dim() and tensor.shape != p.shape:
             raise ValueError(f"{checkpoint}: its optimizer state is not of this model: {name}")
         owner[p].state[p][key] = tensor.to(p.device)
 
@@ -222,4 +253,8 @@ def load_model(
     except TypeError as error:
         raise ValueError(f"{out_dir}/config.json does not describe a model: {error}") from None
     load_weights(model, checkpoint)
-    return model.to(device).eval(), load_tokenizer(out_dir), checkpoint
+    tokenizer = load_tokenizer(out_dir)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} token ids, the model {model.config.vocab_size}"
+        raise ValueError(f"{out_dir}/{TOKENIZER_FILE} is not the one the model was trained with: it has {sizes}")
+    return model.to(device).eval(), tokenizer, checkpoint

@@ -1,15 +1,21 @@
 """What every command here shares: a user's mistake is told in one line on stderr, and the exit status says so."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main()`; a ValueError or OSError ends as one line and exit status 1, Ctrl-C as status 130.
+    """Call `main()`; a ValueError, OSError or lack of memory ends as one line and exit status 1, Ctrl-C as status 130.
 
     Anything else is our own bug and keeps its traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal that lacks a character must not end a run
+            getattr(sys, name).reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -20,6 +26,12 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:  # numpy's, PyTorch's for the CPU, PyTorch's for CUDA
+        message = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not re.search("can't allocate|out of memory|Storage size", message):
+            raise
+        print(f"error: out of memory; try a smaller batch, context or model ({message[:200]})", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,22 +10,27 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import operator
 import re
 import types
 import typing
 from pathlib import Path
 
-ARITHMETIC = (ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Load)
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}  # fmt: skip
 
 
 def read_config_file(path: str) -> dict[str, object]:
-    """The assignments of a config file: constants, arithmetic on them (5 * 8) and names assigned above."""
+    """The assignments of a config file: constants, arithmetic on them (5 * 8) and keys assigned above."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the config file {path}: {getattr(error, 'strerror', None) or error}") from None
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path} is not a config file: {error or type(error).__name__}") from None
     values: dict[str, object] = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -33,15 +38,33 @@ def read_config_file(path: str) -> dict[str, object]:
         where = f"{path}, line {node.lineno}"
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise ValueError(f"{where}: a config file holds plain assignments only, like n_layer = 6")
-        expression = ast.Expression(node.value)
-        for part in ast.walk(expression):
-            if not isinstance(part, ARITHMETIC) or isinstance(part, ast.Name) and part.id not in values:
-                raise ValueError(f"{where}: the value must be a constant, or arithmetic on constants and names above")
         try:
-            values[node.targets[0].id] = eval(compile(expression, path, "eval"), {"__builtins__": {}}, values)
-        except Exception as error:  # the user's own arithmetic: 1 / 0, "a" + 1
+            values[node.targets[0].id] = value_of(node.value, values)
+        except (ValueError, ArithmeticError, RecursionError) as error:  # 1 / 0, or a sum of thousands
             raise ValueError(f"{where}: {error}") from None
     return values
+
+
+def value_of(node: ast.expr, values: dict[str, object]) -> object:
+    """The value of a constant, a name among `values`, or arithmetic on numbers; ValueError for anything else."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name) if name in values:
+            return values[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            numbers, function = [value_of(operand, values)], operator.neg
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+            numbers, function = [value_of(left, values), value_of(right, values)], ARITHMETIC[type(op)]
+        case _:
+            raise ValueError("the value must be a constant, or arithmetic on numbers and keys above")
+    if (
+        not all(type(n) in (int, float) and abs(n) < 1e18 for n in numbers)
+        or function is operator.pow
+        and numbers[1] > 64
+    ):
+        raise ValueError("arithmetic is for numbers, and not for huge ones")
+    return function(*numbers)
 
 
 def read_arguments(argv: list[str]) -> dict[str, tuple[object, str]]:
@@ -70,11 +93,13 @@ def convert(value: object, kind: object) -> object:
     if isinstance(value, str) and kind is not str:
         try:
             value = ast.literal_eval(value.replace("true", "True").replace("false", "False"))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise ValueError from None
-    if kind is float and type(value) is int or kind is int and type(value) is float and value.is_integer():
-        value = kind(value)
-    if type(value) is not kind:
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if kind is int and type(value) is float and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    if type(value) is not kind or kind is float and not math.isfinite(value) or kind is int and abs(value) >= 2**63:
         raise ValueError
     return value
 

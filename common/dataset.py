@@ -357,6 +357,9 @@ def _read_meta(folder: Path) -> dict:
                 "val": {"tokens": int(), "bytes": int(), "sha256": str()},
             },
         }:
+            sizes = [meta["splits"][split][key] for split in SPLITS for key in ("tokens", "bytes")]
+            if min(*sizes, meta["vocab_size"]) < 1:
+                raise ValueError(f"{str(path)!r} is damaged: a size in it is not positive; {_how_to_prepare(folder)}")
             if version == FORMAT["version"]:
                 return meta
             raise ValueError(f"{str(path)!r} has format version {version}, this code reads {FORMAT['version']}")

@@ -93,7 +93,8 @@ class Process:
 
 def start_process(device: str, dtype: str, micro_steps: int) -> Process:
     """Join the processes that torchrun started, or be the only one. micro_steps: of a step, over all processes."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if world_size > 1 else 0
     if micro_steps % world_size:
         raise ValueError(
             f"gradient_accumulation_steps ({micro_steps}) counts the micro-steps of all "

@@ -1,6 +1,7 @@
 """What a run says while it trains: log.jsonl, the terminal, and Weights & Biases if asked."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,10 @@ class Log:
                 raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
 
             name = config.wandb_run_name or Path(config.out_dir).name
-            self.wandb = wandb.init(project=config.wandb_project, name=name, dir=config.out_dir, config=settings)
+            try:
+                self.wandb = wandb.init(project=config.wandb_project, name=name, dir=config.out_dir, config=settings)
+            except wandb.errors.Error as error:
+                raise ValueError(f"wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -52,25 +56,38 @@ class Log:
             self.shown = now
             self.say(f"step {event['step']}/{self.config.max_iters}: {text}")
 
-    def evaluation(self, **event) -> None:
-        """Log an evaluation and print it."""
-        self.event(event)
+    def show_evaluation(self, event: dict) -> None:
+        """Print an evaluation."""
         self.say(f"step {event['step']}/{self.config.max_iters}: val_loss {event['val_loss']:.4f}, "
                  f"val_bpb {event['val_bpb']:.4f}, {event['seconds']:.0f} s")  # fmt: skip
 
     def close(self) -> None:
+        """Leave the terminal as it was."""
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
 
 
 def rewind_log(out_dir: str | Path, step: int) -> None:
-    """Drop what a killed run logged after `step`, its last checkpoint: the resumed run will log it again."""
+    """Drop what a killed run logged after `step`, its last checkpoint: the resumed run will log it again.
+
+    What is no event of a run goes too: a line cut short by the kill, or the zeros that a power loss leaves.
+    """
     path = Path(out_dir) / "log.jsonl"
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line cut short by the kill is the last one, and later than any checkpoint.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(line for line in lines if step_of(line) <= step)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinite if it is none."""
+    try:
+        event = json.loads(line)
+        return event["step"] if type(event["step"]) is int and line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf

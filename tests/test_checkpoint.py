@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -119,6 +121,28 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_one(run, mo
     assert names(out_dir) == ["step_00000001", "step_00000003"]
     checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 4, "val_loss": 3.0})
     assert sorted(path.name for path in (out_dir / "checkpoints").iterdir()) == ["step_00000001", "step_00000004"]
+
+
+def test_a_disk_that_is_full_leaves_no_debris_and_is_told_plainly(run):
+    out_dir, model, optimizers = run
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(ValueError, match="cannot write .*step_00000003: .*make room"):
+            checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
+    entries = sorted(path.name for path in (out_dir / "checkpoints").iterdir())
+    assert entries == ["step_00000001", "step_00000002"]
+
+
+def test_a_swapped_tokenizer_is_refused(run):
+    out_dir, _, _ = run
+    CharTokenizer("abcdefgh", eot=True).save(out_dir)
+    with pytest.raises(ValueError, match="tokenizer.json is not the one the model was trained with"):
+        checkpoint.load_model(out_dir)
 
 
 def test_a_user_s_own_copy_of_a_checkpoint_is_left_alone(run):

@@ -38,8 +38,9 @@ def test_config_files_are_assignments_of_constants_and_earlier_names(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["import os", "n_layer = open('x')", "n_layer = other", "n_layer += 1", "x.y = 1", "n_layer = [1][0]", "a = 1 / 0"],
-)
+    ["import os", "n_layer = open('x')", "n_layer = other", "n_layer += 1", "x.y = 1", "n_layer = [1][0]", "a = 1 / 0",
+     "a = 9**9**9", "a = 'x' * 9"],
+)  # fmt: skip
 def test_anything_else_in_a_config_file_is_refused_with_its_line(tmp_path, line):
     with pytest.raises(ValueError, match="line 2"):
         parse(tmp_path, "rate = 1.0\n" + line)
@@ -50,7 +51,9 @@ def test_an_unknown_key_is_refused_and_the_nearest_one_named(tmp_path):
         parse(tmp_path, "", "--n_layers=3")
 
 
-@pytest.mark.parametrize("bad", ["--n_layer=2.5", "--n_layer=two", "--n_layer=True", "--rate=fast", "--rate=None"])
+@pytest.mark.parametrize(
+    "bad", ["--n_layer=2.5", "--n_layer=two", "--n_layer=True", "--rate=fast", "--rate=None", "--rate=1e999"]
+)
 def test_a_value_of_the_wrong_type_names_key_value_and_type(tmp_path, bad):
     key, value = bad[2:].split("=")
     with pytest.raises(ValueError, match=f"{key} must be of type (int|float), not .*{value}"):
