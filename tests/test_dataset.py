@@ -22,7 +22,7 @@ WORDS = "the quick brown fox jumps over a lazy dog, while in 1984 nobody's watch
 class CountingTokenizer:
     """Tokens are the texts' own numbers, so that a corpus can be any sequence of ids."""
 
-    eot_id = None
+    name, eot_id = "counting", None
 
     def __init__(self, vocab_size=100_000):
         self.vocab_size = vocab_size
