@@ -1,0 +1,428 @@
+"""Attention, its masks, positions, packing, padding and the cache: each fast path equals the plain one."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache, alibi_slopes, attention, attention_mask, rope_table, rotate, sinusoidal_table
+from tests.helpers import LOSS_OPTIONS, POSITIONS, assert_close, label, random, tokens
+
+OPTIONS = [
+    *({"position": position} for position in POSITIONS),
+    *({"position": position, "n_kv_head": 2} for position in ("rope", "alibi")),
+    {"n_kv_head": 1, "head_dim": 6},
+    {"norm": "layernorm"},
+    {"norm": "layernorm", "bias": True, "position": "learned", "mlp": "gelu", "qk_norm": False},
+    {"bias": True},
+    {"mlp": "gelu"},
+    {"mlp": "relu2"},
+    {"qk_norm": False},
+    {"tie_embeddings": False},
+    {"norm_head": True},
+    {"norm_head": True, "tie_embeddings": False},
+]
+DOCUMENTS = torch.tensor([[0] * 3 + [1] * 4 + [2] * 2, [0] * 5 + [7] + [3] * 3])
+RIGHT_PADDED = torch.arange(9) < torch.tensor([[9], [6]])
+LEFT_PADDED = RIGHT_PADDED.flip(1)  # with a causal mask, the first queries of row 1 see nothing
+
+
+def gradients(y, weights, probe=None):
+    """Of a random projection of y, with respect to each weight."""
+    projected = (y * (random(*y.shape) if probe is None else probe)).sum()
+    return torch.autograd.grad(projected, weights, materialize_grads=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def written_out_attention(q, k, v, M):
+    """softmax(QKᵀ/√D + M)V in float64, one query of one head at a time, over the visible keys alone."""
+    B, H, T, D = q.shape
+    M, group, y = M.expand(B, H, T, k.size(2)), H // k.size(1), q * 0
+    for b, h, t in product(range(B), range(H), range(T)):
+        seen = [s for s in range(k.size(2)) if M[b, h, t, s] > -torch.inf]
+        if seen:
+            scores = torch.stack([q[b, h, t].dot(k[b, h // group, s]) / D**0.5 + M[b, h, t, s] for s in seen])
+            weights = (scores - scores.max().detach()).exp()
+            y[b, h, t] = weights / weights.sum() @ v[b, h // group, seen]
+    return y
+
+
+def numbers(visible):
+    """Booleans as the M that is added."""
+    return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+
+
+TRIL = torch.ones(9, 9, dtype=torch.bool).tril()
+SOME = random(2, 1, 9, 5) > -0.5
+SOME[0, 0, 3] = SOME[1, 0, 8] = False  # these two see nothing
+# name: (queries T, keys S, what `attention` is given, the M that it means)
+MASKS = {
+    "none": (9, 9, None, torch.zeros(9, 9)),
+    "cross": (9, 5, None, torch.zeros(9, 5)),
+    "one query": (1, 5, None, torch.zeros(1, 5)),
+    "causal": (9, 9, "causal", numbers(TRIL)),
+    "causal as booleans": (9, 9, TRIL, numbers(TRIL)),
+    "causal chunk": (4, 9, TRIL[5:], numbers(TRIL[5:])),
+    "padding": (9, 9, RIGHT_PADDED[:, None, None], numbers(RIGHT_PADDED[:, None, None])),
+    "causal and left padding": (9, 9, m := TRIL & LEFT_PADDED[:, None, None], numbers(m)),
+    "documents": (9, 9, m := (DOCUMENTS[:, :, None] == DOCUMENTS[:, None])[:, None], numbers(m)),
+    "all": (9, 9, m := m & TRIL & RIGHT_PADDED[:, None, None], numbers(m)),
+    "cross, some see nothing": (9, 5, SOME, numbers(SOME)),
+    "numbers": (9, 9, m := random(2, 4, 9, 9), m),
+    "numbers for cross": (9, 5, m := random(1, 4, 9, 5), m),
+    "numbers and minus infinity": (9, 5, m := m + numbers(SOME), m),
+    "nothing": (9, 9, m := torch.zeros(9, 9, dtype=torch.bool), numbers(m)),
+    "nothing in numbers": (9, 9, numbers(m), numbers(m)),
+}
+
+
+@pytest.mark.parametrize("K", [4, 2, 1])
+@pytest.mark.parametrize("name", MASKS)
+def test_both_kinds_of_attention_and_their_gradients_equal_the_written_out_softmax(name, K):
+    T, S, mask, M = MASKS[name]
+    qkv = [x.requires_grad_() for x in (random(2, 4, T, 6), random(2, K, S, 6, seed=3), random(2, K, S, 6, seed=4))]
+    expected = written_out_attention(*qkv, M)
+    slopes = gradients(expected, qkv)
+    for kind in ("math", "flash"):
+        y = attention(*qkv, mask, kind=kind)
+        assert_close(y, expected)
+        for mine, theirs in zip(gradients(y, qkv), slopes, strict=True):
+            assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["math", "flash"])
+@pytest.mark.parametrize("numeric", [False, True])
+def test_queries_that_may_look_at_nothing_get_zeros_and_finite_gradients(kind, numeric, dtype):
+    q, k, v = (random(2, 4, T, 8, seed=T).to(dtype).requires_grad_() for T in (9, 5, 5))
+    v.data[1, :, 4] = 1e4  # large values must leave no trace either
+    mask = numbers(SOME).to(dtype) if numeric else SOME
+    y = attention(q, k, v, mask, kind=kind)
+    dead = ~SOME.any(-1).expand(2, 4, 9)
+    assert dead.sum() == 8 and (y[dead] == 0).all() and (y[~dead] != 0).all()
+    slopes = torch.autograd.grad(y.sum(), (q, k, v))
+    assert all(slope.isfinite().all() for slope in slopes) and (slopes[0][dead] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["math", "flash"])
+def test_attention_dropout_drops_that_share_of_the_weights_and_scales_up_the_rest(kind):
+    torch.manual_seed(0)
+    q, k, identity = random(4, 4, 32, 32), random(4, 4, 32, 32, seed=2), torch.eye(32).double().expand(4, 4, 32, 32)
+    weights, dropped = (attention(q, k, identity, kind=kind, dropout=p) for p in (0.0, 0.3))
+    kept = dropped != 0
+    assert abs(kept.double().mean() - 0.7) < 0.02
+    assert_close(dropped[kept], weights[kept] / 0.7, 1e-6)
+
+
+SLOTS = torch.tensor([[2, 3], [0, 1], [5, 6]])
+PACKED = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3] * 7, [0, 1, 0, 1, 0, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    "T, slots, documents",
+    [(7, None, None), (7, None, PACKED), (3, None, None), (1, None, None), (2, SLOTS, None), (1, SLOTS[:, :1], None)],
+    ids=["all", "packed", "chunk", "one", "ragged chunk", "ragged one"],
+)
+@pytest.mark.parametrize("padding", [None, torch.arange(7) < torch.tensor([[7], [3], [5]])], ids=["", "padded"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, slots, documents):
+    mask = attention_mask(T, 7, causal=causal, slots=slots, padding=padding, documents=documents)
+    if mask is None:
+        mask = torch.ones(1, 1, T, 7, dtype=torch.bool)
+    elif isinstance(mask, str):
+        assert mask == "causal" and T == 7
+        mask = torch.ones(1, 1, T, 7, dtype=torch.bool).tril()
+    mask = mask.expand(3, 1, T, 7)
+    for b, t, j in product(range(3), range(T), range(7)):
+        i = 7 - T + t if slots is None else slots[b, t]
+        visible = not causal or j <= i
+        visible &= padding is None or bool(padding[b, j])
+        visible &= documents is None or bool(documents[b, i] == documents[b, j])
+        assert mask[b, 0, t, j] == visible
+
+
+def test_the_kernel_is_given_no_mask_where_none_is_needed():
+    assert attention_mask(7, 7) == "causal"
+    assert attention_mask(1, 7) is None and attention_mask(7, 7, causal=False) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flash = math, in the whole model
+
+INPUTS = {
+    "causal": {},
+    "right padding": {"padding": RIGHT_PADDED},
+    "left padding": {"padding": LEFT_PADDED},
+    "documents": {"documents": DOCUMENTS},
+    "documents and padding": {"documents": DOCUMENTS, "padding": LEFT_PADDED},
+    "positions": {"positions": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 0, 0, 1, 2]])},
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+def test_flash_equals_math_for_every_option_and_input(tiny_gpt, options, causal):
+    model = tiny_gpt(**options, causal=causal)
+    for name, inputs in INPUTS.items():
+        results = []
+        for model.config.attention in ("flash", "math"):
+            logits, _ = model(tokens(2, 9), **inputs)
+            results.append([logits, *gradients(logits, list(model.parameters()))])
+        assert logits.isfinite().all(), name
+        for flash, math_ in zip(*results, strict=True):
+            assert_close(flash, math_)
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=label)
+def test_flash_equals_math_in_training_with_every_loss_option(tiny_gpt, options):
+    model = tiny_gpt(**options).train()
+    results = []
+    for model.config.attention in ("flash", "math"):
+        _, loss = model(tokens(2, 9), tokens(2, 9, seed=3))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for flash, math_ in zip(*results, strict=True):
+        assert_close(flash, math_.to(flash.dtype), 1e-6)  # the loss is taken in float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+@pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 1, 4], [7, 1, 1, 1], [3, 7], [10]], ids=str)
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_cached_decoding_equals_recomputing_everything(tiny_gpt, position, n_kv_head, chunks):
+    model, idx = tiny_gpt(position=position, n_kv_head=n_kv_head), tokens(3, 10)
+    cache = KVCache(model.config, 3, 10, dtype=torch.float64)
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache)[0] for piece in idx.split(chunks, dim=1)]
+        assert_close(torch.cat(pieces, dim=1), model(idx)[0])
+
+
+@pytest.mark.parametrize("kind", ["flash", "math"])
+@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), {"n_kv_head": 2}], ids=label)
+@torch.no_grad()
+def test_each_row_of_a_ragged_batch_is_what_it_is_alone(tiny_gpt, options, kind):
+    model = tiny_gpt(**options, attention=kind)
+    rows: list[list[int]] = [[], [], [], []]
+    cache = KVCache(model.config, 4, 16, dtype=torch.float64)
+    # A prompt each, two single tokens, a chunk for all, and chunks of different lengths once more.
+    for step, lengths in enumerate([[3, 7, 1, 5], [1] * 4, [1] * 4, [2] * 4, [2, 1, 3, 3]]):
+        idx = tokens(4, max(lengths), seed=step)  # what lies beyond a row's length is anything
+        logits, _ = model(idx, cache=cache, lengths=lengths)
+        for row, new, n, mine in zip(rows, idx.tolist(), lengths, logits, strict=True):
+            row += new[:n]
+            assert_close(mine[:n], model(torch.tensor([row]))[0][0, -n:])
+    assert cache.lengths.tolist() == [len(row) for row in rows] and cache.longest == 12
+
+
+@torch.no_grad()
+def test_last_only_gives_the_logits_of_each_rows_last_real_token(tiny_gpt):
+    model, idx = tiny_gpt(), tokens(3, 8)
+    everywhere, _ = model(idx)
+    assert_close(model(idx, last_only=True)[0], everywhere[:, -1:])
+    for cache in (None, KVCache(model.config, 3, 8, dtype=torch.float64)):
+        last, _ = model(idx, cache=cache, lengths=[2, 8, 5], last_only=True)
+        assert_close(last, everywhere[[0, 1, 2], [1, 7, 4]].unsqueeze(1))
+
+
+def test_more_tokens_than_the_cache_or_the_context_can_hold_are_refused(tiny_gpt):
+    model = tiny_gpt(block_size=8)
+    with pytest.raises(ValueError, match="9 tokens do not fit into block_size=8"):
+        model(tokens(2, 9))
+    small, large = (KVCache(model.config, 2, size, dtype=torch.float64) for size in (4, 12))
+    model(tokens(2, 3), cache=small)
+    with pytest.raises(ValueError, match="the cache holds 4 tokens: 3 are in, 2 more do not fit"):
+        model(tokens(2, 2), cache=small)
+    model(tokens(2, 6), cache=large, lengths=[2, 6])
+    with pytest.raises(ValueError, match="9 tokens do not fit into block_size=8"):
+        model(tokens(2, 3), cache=large)
+    assert small.lengths.tolist() == [3, 3] and large.lengths.tolist() == [2, 6]
+
+
+@pytest.mark.parametrize("name", ["padding", "documents"])
+def test_a_cache_together_with_a_mask_that_it_would_not_heed_is_refused(tiny_gpt, name):
+    model = tiny_gpt()
+    with pytest.raises(ValueError, match="lengths in the place of padding and documents"):
+        model(tokens(2, 9), cache=KVCache(model.config, 2, 9, dtype=torch.float64), **{name: DOCUMENTS})
+
+
+def test_a_cache_for_a_model_that_looks_ahead_is_refused(tiny_gpt):
+    model = tiny_gpt(causal=False)
+    with pytest.raises(ValueError, match="a cache needs causal=True"):
+        model(tokens(2, 9), cache=KVCache(model.config, 2, 9, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing and padding
+
+
+@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), {"n_kv_head": 2}], ids=label)
+@pytest.mark.parametrize("kind", ["flash", "math"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_are_read_as_if_each_were_alone(tiny_gpt, options, kind, causal):
+    model, lengths, idx = tiny_gpt(**options, attention=kind, causal=causal), [3, 5, 1, 4], tokens(1, 13)
+    weights, probe = list(model.parameters()), random(1, 13, 23, seed=8)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed, _ = model(idx, positions=positions, documents=documents)
+    alone = torch.cat([model(document)[0] for document in idx.split(lengths, dim=1)], dim=1)
+    assert_close(packed, alone)
+    for mine, theirs in zip(gradients(packed, weights, probe), gradients(alone, weights, probe), strict=True):
+        assert_close(mine, theirs)
+
+    changed = idx.clone()
+    changed[:, 3:8] = (changed[:, 3:8] + 1) % 23
+    after, _ = model(changed, positions=positions, documents=documents)
+    same = (packed == after).all(-1)[0]
+    assert same.tolist() == [True] * 3 + [False] * 5 + [True] * 5  # to the last bit
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("kind", ["flash", "math"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_padded_row_is_read_as_if_it_were_alone(tiny_gpt, position, kind, causal):
+    model, idx, lengths = tiny_gpt(position=position, attention=kind, causal=causal), tokens(3, 9), [9, 4, 1]
+    logits, _ = model(idx, padding=torch.arange(9) < torch.tensor(lengths)[:, None])
+    for row, mine, n in zip(idx, logits, lengths, strict=True):
+        assert_close(mine[:n], model(row[None, :n])[0][0])
+
+
+@torch.no_grad()
+def test_a_causal_model_sees_only_the_past_and_a_bidirectional_one_everything(tiny_gpt):
+    idx = tokens(1, 9)
+    changed = idx.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 23
+    for kind, position in product(("flash", "math"), POSITIONS):
+        for causal in (True, False):
+            model = tiny_gpt(position=position, attention=kind, causal=causal)
+            same = (model(idx)[0] == model(changed)[0]).all(-1)[0].tolist()
+            assert same == ([True] * 4 + [False] * 5 if causal else [False] * 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def test_rope_is_multiplication_by_a_complex_number_of_the_positions_angle():
+    x, theta = random(2, 3, 7, 10), 500.0
+    t, i = torch.arange(7).double()[:, None], torch.arange(5).double()
+    turned = torch.complex(x[..., :5], x[..., 5:]) * torch.exp(1j * t * theta ** (-2 * i / 10))
+    assert_close(rotate(x, *rope_table(7, 10, theta)), torch.cat((turned.real, turned.imag), dim=-1), 1e-6)
+
+
+def test_rope_angles_stay_exact_in_long_contexts():
+    cos, sin = rope_table(100_001, 8, 10000.0)
+    for i in range(4):
+        angle = 100_000 * 10000.0 ** (-2 * i / 8)
+        assert abs(cos[-1, i] - math.cos(angle)) < 1e-6 and abs(sin[-1, i] - math.sin(angle)) < 1e-6
+
+
+def test_rope_scores_depend_only_on_the_distance(tiny_gpt):
+    cos, sin = rope_table(64, 8, 10000.0)
+    q, k = random(8), random(8, seed=2)
+    q, k = (rotate(x.expand(1, 1, 64, 8), cos, sin)[0, 0] for x in (q, k))
+    scores = q @ k.T
+    for distance in range(-63, 64):
+        along = scores.diagonal(distance)
+        assert_close(along, along[:1].expand_as(along), 1e-5)
+    assert scores[0].std() > 0.1
+
+
+@torch.no_grad()
+def test_shifting_all_positions_changes_nothing_for_relative_schemes_only(tiny_gpt):
+    idx = tokens(2, 9)
+    for position in POSITIONS:
+        model = tiny_gpt(position=position)
+        change = (model(idx, positions=torch.arange(9) + 5)[0] - model(idx)[0]).abs().max()
+        assert change > 1e-2 if position in ("learned", "sinusoidal") else change < 1e-5
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    sixteen = [2 ** (-h / 2) for h in range(1, 17)]
+    assert alibi_slopes(8).tolist() == eight
+    assert_close(alibi_slopes(16), torch.tensor(sixteen), 1e-7)
+    assert_close(alibi_slopes(12), torch.tensor(eight + sixteen[:8:2]), 1e-7)
+    assert alibi_slopes(1).tolist() == [2**-8]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_alibi_lowers_scores_by_the_slope_per_token_of_distance(tiny_gpt, causal):
+    model = tiny_gpt(position="alibi", causal=causal)
+    _, rope, bias = model.embed(tokens(2, 5), None, "causal" if causal else None, None, 5)
+    assert rope is None
+    for h, i, j in product(range(4), range(5), range(5)):
+        expected = -torch.inf if causal and j > i else -(2.0 ** (-2 * (h + 1))) * abs(i - j)
+        assert bias[0, h, i, j] == expected
+
+
+def test_sinusoidal_positions_follow_the_formula(tiny_gpt):
+    table = sinusoidal_table(50, 16)
+    for t, i in product(range(50), range(8)):
+        angle = t / 10000 ** (2 * i / 16)
+        assert abs(table[t, 2 * i] - math.sin(angle)) < 1e-6 and abs(table[t, 2 * i + 1] - math.cos(angle)) < 1e-6
+    model, idx = tiny_gpt(position="sinusoidal"), tokens(2, 9)
+    x, _, _ = model.embed(idx, None, "causal", None, 9)
+    assert_close(x, model.tok_emb(idx) * 4 + table[:9].double())
+
+
+def test_learned_positions_are_a_lookup(tiny_gpt):
+    model, idx, positions = tiny_gpt(position="learned"), tokens(2, 9), tokens(2, 9, seed=5) % 16
+    x, _, _ = model.embed(idx, None, "causal", None, 9)
+    assert_close(x, model.tok_emb.weight[idx] + model.pos_emb.weight[:9])
+    x, _, _ = model.embed(idx, positions, "causal", None, 9)
+    assert_close(x, model.tok_emb.weight[idx] + model.pos_emb.weight[positions])
+
+
+@torch.no_grad()
+def test_without_positions_and_causality_order_means_nothing_and_with_either_it_does(tiny_gpt):
+    idx, order = tokens(2, 9), torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 7])
+    for position, causal in product(POSITIONS, (True, False)):
+        model = tiny_gpt(position=position, causal=causal)
+        change = (model(idx[:, order])[0] - model(idx)[0][:, order]).abs().max()
+        assert change < 1e-10 if position == "none" and not causal else change > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=str)
+def test_on_a_gpu_flash_equals_math_compiled_equals_eager_and_cached_equals_recomputed(position, dtype, tolerance):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        block_size=128, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, n_embd=128, head_dim=64, position=position
+    )
+    model = GPT(config).cuda()
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    idx, targets = (torch.randint(101, (4, 128), device="cuda") for _ in range(2))
+    documents = (torch.arange(128, device="cuda") // 50).expand(4, -1)
+    padding = torch.arange(128, device="cuda") < torch.tensor([[128], [90], [1], [64]], device="cuda")
+
+    def run(network, kind, **inputs):
+        config.attention = kind
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits, loss = network(idx, targets, **inputs)
+        slopes = torch.autograd.grad(loss, list(model.parameters()))
+        return [logits.float(), loss, *(slope / slope.abs().max() for slope in slopes)]
+
+    for inputs in ({}, {"documents": documents}, {"padding": padding}):
+        for flash, math_ in zip(run(model, "flash", **inputs), run(model, "math", **inputs), strict=True):
+            assert_close(flash, math_, tolerance)
+    compiled = run(torch.compile(model), "flash")
+    for mine, eager in zip(compiled, run(model, "flash"), strict=True):
+        assert_close(mine, eager, tolerance)
+    if dtype == torch.float32:
+        cache = KVCache(config, 4, 128, device="cuda")
+        with torch.no_grad():
+            pieces = [model(piece, cache=cache)[0] for piece in idx.split([100, 20, *[1] * 8], dim=1)]
+            assert_close(torch.cat(pieces, dim=1), model(idx)[0], tolerance)
