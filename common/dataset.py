@@ -117,7 +117,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtyp
         raise ValueError(f"workers={workers}: at least 1 is needed")
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     encode = partial(_encode, tokenizer, dtype)
-    tasks = _tasks(_pieces(documents))
+    tasks = _tasks(pieces(documents))
     first = list(itertools.islice(tasks, 4))
     if workers == 1 or len(first) < 4:  # a few megabytes are done before workers have started
         yield from map(encode, itertools.chain(first, tasks))
@@ -187,7 +187,7 @@ def _tasks(pieces: Iterator[tuple[str, str, bool]]) -> Iterator[list[tuple[str, 
         yield task
 
 
-def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, str, bool]]:
+def pieces(documents: Iterable[Document]) -> Iterator[tuple[str, str, bool]]:
     """Documents cut into (split, text of 1 to PIECE characters, whether the document ends with it)."""
     for split, text in documents:
         assert split in SPLITS, split

@@ -1,4 +1,4 @@
-"""What the data/*/prepare.py commands share: documents from files or from the Hugging Face Hub, the command line.
+"""What the data/*/prepare.py commands share: documents from files or from the network, the command line.
 
 Everything streams. A document of a .jsonl or .parquet file goes to train or val by a hash of its text, so that the
 split depends neither on the order of documents nor on how they are spread over files, and a document that is there
@@ -7,26 +7,39 @@ twice never sits on both sides. A .txt file is one document, the end of which is
 
 import argparse
 import codecs
+import hashlib
 import itertools
 import json
 import os
+import sys
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from common.dataset import SPLITS, Document, parts_of, write_corpus
-from common.tokenizer import tokenizer_from_name
+from tqdm import tqdm
+
+import bpe
+from common.dataset import SPLITS, Document, parts_of, pieces, write_corpus
+from common.tokenizer import BPETokenizer, tokenizer_from_name
 
 BLOCK = 1 << 20  # bytes of a .txt file read at once
+
+SHAKESPEARE = Path(__file__).resolve().parents[1] / "data" / "shakespeare_char" / "input.txt"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 # --- the command -------------------------------------------------------------------------------------------------
 
 
 def corpus_parser(
-    description: str, *, output: Path | None, tokenizer: str, val_fraction: float
+    description: str, *, output: Path | None, tokenizer: str | int, val_fraction: float
 ) -> argparse.ArgumentParser:
-    """A parser with the common options and these defaults; without `output`, --output must be given."""
+    """A parser with the common options and these defaults; without `output`, --output must be given.
+
+    tokenizer: a name as for --tokenizer, or a number as for --vocab_size.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "default: %(default)s"
     parser.add_argument(
@@ -36,13 +49,16 @@ def corpus_parser(
         metavar="DIR",
         help="folder to write the corpus to" + (f"; {default}" if output else ""),
     )
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--tokenizer",
-        default=tokenizer,
         metavar="T",
         help="char (a token per character), a tiktoken encoding's name (gpt2, cl100k_base, o200k_base, ...), or the "
-        f"path of a saved tokenizer; {default}",
+        "path of a saved tokenizer or of a vocabulary of bpe.py"
+        + (f"; default: {tokenizer}" if isinstance(tokenizer, str) else ""),
     )
+    add_vocab_size(either, None, tokenizer if isinstance(tokenizer, int) else None)
+    parser.set_defaults(default_tokenizer=tokenizer)
     parser.add_argument(
         "--val_fraction", default=val_fraction, type=float, metavar="F", help=f"share kept for validation; {default}"
     )
@@ -50,18 +66,44 @@ def corpus_parser(
     return parser
 
 
+def add_vocab_size(parser, default: int | None, shown: int | None = None) -> None:
+    """The option of `learned_tokenizer`."""
+    text = "learn a vocabulary of N tokens from the training split (see bpe.py), end-of-text and chat tokens included"
+    suffix = f"; default: {default or shown}" if default or shown else ""
+    parser.add_argument("--vocab_size", type=int, metavar="N", default=default, help=text + suffix)
+
+
+def learned_tokenizer(documents: Iterable[Document], vocab_size: int, workers: int | None = None) -> BPETokenizer:
+    """A vocabulary that bpe.py learns from those of the documents that are for training."""
+    texts = (text for split, text, _ in pieces(documents) if split == "train")
+    return BPETokenizer(bpe.train(texts, vocab_size, workers=workers, progress=True))
+
+
 def prepare(
     documents: Callable[[], Iterable[Document]], args: argparse.Namespace, total_bytes: int | None = None
 ) -> None:
     """Write the corpus that `args` (of `corpus_parser`) asks for, and report it.
 
-    `documents()` starts the stream anew: the char tokenizer reads it once more, to collect the characters.
+    `documents()` starts the stream anew: characters and vocabularies are collected in a first reading.
     """
     if not 0 < args.val_fraction < 1:
         raise ValueError(f"--val_fraction={args.val_fraction}: give a share between 0 and 1, such as 0.01")
-    tokenizer = tokenizer_from_name(args.tokenizer, (part for _, text in documents() for part in parts_of(text)))
+    chosen = args.tokenizer if args.vocab_size is None else args.vocab_size
+    chosen = args.default_tokenizer if chosen is None else chosen
+    if isinstance(chosen, int):
+        tokenizer = learned_tokenizer(documents(), chosen, args.workers)
+    else:
+        tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
     meta = write_corpus(args.output, documents(), tokenizer, workers=args.workers, total_bytes=total_bytes)
     report(args.output, meta)
+
+
+def shakespeare_parser(description: str, output: Path) -> argparse.ArgumentParser:
+    """A parser with the options of both commands for tiny Shakespeare."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", metavar="FILE", help="read the text from FILE instead of downloading it")
+    parser.add_argument("--output", default=output, metavar="DIR", help="corpus folder; default: %(default)s")
+    return parser
 
 
 def prepare_from_hub(description: str, output: Path, name: str, subset: str | None) -> None:
@@ -99,6 +141,45 @@ def report(folder: str | Path, meta: dict) -> None:
 def split_of(text: str, val_fraction: float) -> str:
     """'val' for about `val_fraction` of all texts, 'train' for the others; always the same for the same text."""
     return "val" if zlib.crc32(text.encode()) < val_fraction * 2**32 else "train"
+
+
+def tiny_shakespeare(path: str | None) -> list[Document]:
+    """Tiny Shakespeare as nanoGPT splits it: nine tenths are train, the rest val.
+
+    Read from `path`, else from the kept copy, else downloaded once, 1.1 MB, and kept.
+    """
+    source = Path(path or SHAKESPEARE)
+    if not path and not source.exists():
+        source.write_bytes(_download_shakespeare())
+    content = source.read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        print(f"note: {source} is not the usual tiny Shakespeare (its SHA-256 differs)", file=sys.stderr)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 text (byte {error.start}: {error.reason})") from None
+    n = int(len(text) * 0.9)
+    return [("train", text[:n]), ("val", text[n:])]
+
+
+def _download_shakespeare() -> bytes:
+    """The file from the network; ValueError when it does not come, or is not the one we know."""
+    url = SHAKESPEARE_URL
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            content = b""
+            with tqdm(total=size, unit="B", unit_scale=True, desc="download", disable=None) as bar:
+                while block := response.read(1 << 16):
+                    content += block
+                    bar.update(len(block))
+    except OSError as error:
+        raise ValueError(f"no download ({error}): get the file from {url} and pass it with --input FILE") from None
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"what {url} sent is not tiny Shakespeare (its SHA-256 differs): pass a copy with --input FILE"
+        )
+    return content
 
 
 def read_documents(paths: Iterable[str | Path], val_fraction: float) -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, or any encoding of tiktoken, behind one small interface.
+"""Text to token ids and back: characters, a vocabulary of bpe.py, or any encoding of tiktoken, behind one interface.
 
 Every tokenizer here has `name`, `vocab_size`, `eot_id` (the id of <|endoftext|>, or None), `encode(text)`,
 `decode(ids)` and `save(folder)`. `encode` treats everything as ordinary text: a special token spelled out in it stays
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bpe import BPE, EOT
+
 FILE_NAME = "tokenizer.json"
-EOT = "<|endoftext|>"
 
 
 class CharTokenizer:
@@ -79,32 +80,43 @@ class TiktokenTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
-        ids = _checked(ids, self.vocab_size)
-        try:
-            return self._encoding.decode(ids)
-        except KeyError:  # some encodings leave a few ids below n_vocab unused, and a young model may pick one
-            return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
-
-    def _bytes_of(self, token: int) -> bytes:
-        try:
-            return self._encoding.decode_single_token_bytes(token)
-        except KeyError:
-            return b"\xff"  # decodes to U+FFFD
+        return _decoded(self._encoding, _checked(ids, self.vocab_size))
 
     def save(self, folder: str | os.PathLike) -> None:
         write_json(Path(folder) / FILE_NAME, {"kind": "tiktoken", "encoding": self.name})
 
 
-Tokenizer = CharTokenizer | TiktokenTokenizer
+class BPETokenizer:
+    """A vocabulary that bpe.py learned, or imported."""
+
+    def __init__(self, bpe: BPE):
+        self.bpe, self.name, self.vocab_size = bpe, "bpe", bpe.vocab_size
+        self.eot_id = bpe.special_tokens.get(EOT)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, in which no special token is recognised."""
+        return self.bpe.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
+        return _decoded(self.bpe.to_tiktoken(), _checked(ids, self.vocab_size))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        self.bpe.save(Path(folder) / FILE_NAME)
+
+
+Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer saved in `path`: a folder that holds tokenizer.json, or such a file."""
+    """The tokenizer saved in `path`: a folder that holds tokenizer.json, or such a file, or a .bpe file."""
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
-        raise ValueError(f"no tokenizer at {str(path)!r}: give a prepared corpus, a run folder, or a {FILE_NAME}")
+        raise ValueError(
+            f"no tokenizer at {str(path)!r}: give a prepared corpus, a run folder, a {FILE_NAME} or a .bpe"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -117,7 +129,16 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             return tokenizer
         case {"kind": "tiktoken", "encoding": str(name)}:
             return TiktokenTokenizer(name)
-    raise ValueError(f"{str(path)!r} is damaged, or no tokenizer of this project: it holds no known kind of tokenizer")
+        case {"format": "plaingpt-bpe"}:
+            return BPETokenizer(BPE.load(path))
+    hint = (
+        "; for Hugging Face's: python -m common.tokenizer_json import"
+        if isinstance(content, dict) and "model" in content
+        else ""
+    )
+    raise ValueError(
+        f"{str(path)!r} is damaged, or no tokenizer of this project: it holds no known kind of tokenizer{hint}"
+    )
 
 
 def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokenizer:
@@ -132,7 +153,7 @@ def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokeni
         for text in texts:
             characters.update(text)
         return CharTokenizer(characters, eot=True)
-    if os.path.exists(spec) or os.sep in spec or spec.endswith(".json"):
+    if os.path.exists(spec) or os.sep in spec or spec.endswith((".json", ".bpe")):
         return load_tokenizer(spec)
     try:
         return TiktokenTokenizer(spec)
@@ -154,6 +175,21 @@ def write_json(path: Path, content: dict) -> None:
 def _code_points(text: str) -> np.ndarray:
     """The code point of each character, lone surrogates included (a terminal's undecodable bytes arrive as those)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _decoded(encoding, ids: list[int]) -> str:
+    """The text of ids by an encoding of tiktoken."""
+    try:
+        return encoding.decode(ids)
+    except KeyError:  # some encodings leave a few ids below n_vocab unused, and a young model may pick one
+        return b"".join(_bytes_of(encoding, token) for token in ids).decode(errors="replace")
+
+
+def _bytes_of(encoding, token: int) -> bytes:
+    try:
+        return encoding.decode_single_token_bytes(token)
+    except KeyError:
+        return b"\xff"  # decodes to U+FFFD
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:

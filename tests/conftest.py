@@ -37,6 +37,7 @@ def tiny_encoding(tmp_path_factory):
         import tiktoken.registry
 
         patch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", None)  # it looks for plug-ins once only
+        tiktoken.registry._available_plugin_modules.cache_clear()
         yield "tiny"
 
 

@@ -72,6 +72,22 @@ def test_the_command_prints_what_it_samples(trained, sample):
     assert "no run in" in error_of(run("sample.py", "--out_dir=nowhere"))
 
 
+def test_a_vocabulary_goes_from_text_to_samples(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"the cat number {i} sat on the mat, naïvely\n" for i in range(500)))
+    vocabulary, corpus, out = tmp_path / "a.bpe", tmp_path / "corpus", tmp_path / "run"
+    sizes = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--max_iters=2"]
+    for command in (
+        ["bpe.py", "train", "--input", tmp_path / "a.txt", "--vocab_size", "300", "--output", vocabulary],
+        ["data/text/prepare.py", "--input", tmp_path / "a.txt", "--output", corpus, "--tokenizer", vocabulary],
+        ["train.py", f"--dataset={corpus}", f"--out_dir={out}", *sizes],
+        ["sample.py", f"--out_dir={out}", "--prompt=the cat", "--max_new_tokens=20"],
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the cat")
+    assert (out / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes() == vocabulary.read_bytes()
+
+
 def test_greedy_needs_no_seed(sample):
     assert len({sample("--temperature=0", f"--seed={seed}").stdout for seed in (1, 2)}) == 1
 

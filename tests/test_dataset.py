@@ -108,7 +108,7 @@ def test_cutting_a_long_document_does_not_change_its_tokens(tmp_path, tiny_encod
 @pytest.mark.parametrize("text", ["x" * 500, " " * 500, "\n" * 500, "a\n" * 250, " a" + " " * 300, "世" * 500])
 def test_text_without_a_good_place_to_cut_is_cut_all_the_same(text, monkeypatch):
     monkeypatch.setattr(dataset, "PIECE", 64)
-    pieces = list(dataset._pieces([("train", text), ("val", ""), ("val", iter(["", "b", ""]))]))
+    pieces = list(dataset.pieces([("train", text), ("val", ""), ("val", iter(["", "b", ""]))]))
     assert "".join(piece for split, piece, _ in pieces if split == "train") == text
     assert all(1 <= len(piece) <= 64 for _, piece, _ in pieces)
     assert [ends for _, _, ends in pieces] == [False] * (len(pieces) - 2) + [True, True]

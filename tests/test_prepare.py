@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bpe
 from common import prepare
 from common.dataset import Corpus, parts_of
 from common.prepare import read_documents, split_of
@@ -202,6 +203,34 @@ def test_text_takes_tiktoken_names_and_saved_tokenizers(tmp_path, tiny_encoding)
     assert "'ç' (U+00E7) at position 0" in refused(wrong)
 
 
+def test_text_learns_a_vocabulary_from_its_training_split(tmp_path):
+    data = "".join(f"the cat number {i} sat on the mat\n" for i in range(400)) + "zzzzzzzz " * 300 + "\n"
+    (tmp_path / "a.txt").write_text(data)
+    options = ("--input", tmp_path / "a.txt", "--val_fraction", "0.2")
+    result = command("text", *options, "--output", tmp_path / "out", "--vocab_size", "300")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    corpus = Corpus(tmp_path / "out")
+    (_, train), (_, val) = texts(tmp_path / "a.txt", val_fraction=0.2)
+    assert corpus.tokenizer.bpe.ranks == bpe.train([train], 300).ranks and "zz" not in train and "zz" in val
+    ids = np.fromfile(tmp_path / "out" / "train.bin", "<u2").tolist()
+    assert ids == [*corpus.tokenizer.encode(train), corpus.tokenizer.eot_id]
+    # The same vocabulary as a file, and two processes: the same corpus
+    corpus.tokenizer.bpe.save(tmp_path / "a.bpe")
+    again = command("text", *options, "--output", tmp_path / "b", "--tokenizer", tmp_path / "a.bpe", "--workers", "2")
+    assert again.returncode == 0, again.stderr
+    for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    for wrong, message in (
+        (("--vocab_size", "100"), "too small"),
+        (("--tokenizer", tmp_path / "c.bpe"), "no tokenizer"),
+    ):
+        assert message in refused(command("text", *options, "--output", tmp_path / "c", *wrong))
+    assert (
+        command("text", *options, "--output", tmp_path / "c", "--vocab_size", 300, "--tokenizer", "char").returncode
+        == 2
+    )
+
+
 def test_a_mistake_is_one_line_and_exit_status_1(tmp_path):
     good = tmp_path / "a.txt"
     good.write_text("one\ntwo\nthree\n")
@@ -238,7 +267,7 @@ def test_ctrl_c_exits_with_130_and_leaves_no_corpus(tmp_path):
 
 
 def test_help_tells_about_every_option():
-    for name in ("text", "openwebtext", "fineweb_edu", "pydocs", "shakespeare_char"):
+    for name in ("text", "openwebtext", "fineweb_edu", "pydocs", "shakespeare_char", "shakespeare"):
         result = command(name, "--help")
         assert result.returncode == 0 and "--output" in result.stdout and "Prepare " in result.stdout
 
@@ -259,11 +288,28 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path):
     assert (corpus.vocab_size, corpus.tokenizer.eot_id) == (len(stoi), None)
 
 
-def test_shakespeare_without_network_says_where_to_get_it(tmp_path, monkeypatch):
-    module = script("shakespeare_char")
-    monkeypatch.setattr(module, "KEPT", tmp_path / "input.txt")
+def test_shakespeare_learns_its_tokens_from_the_training_split(tmp_path):
+    data = "".join(f"First Citizen {i}:\nSpeak, spëak.\n\n" for i in range(997)) + "zzzzzzzz " * 300
+    (tmp_path / "input.txt").write_text(data)
+    options = ("--input", tmp_path / "input.txt", "--output")
+    result = command("shakespeare", *options, tmp_path, "--vocab_size", "300")
+    assert result.returncode == 0, result.stderr
+    corpus, n = Corpus(tmp_path), int(len(data) * 0.9)
+    assert corpus.vocab_size == 300 and corpus.tokenizer.bpe.ranks == bpe.train([data[:n]], 300).ranks
+    for split, part in (("train", data[:n]), ("val", data[n:])):
+        tokens = np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist()
+        assert tokens == [*corpus.tokenizer.encode(part), corpus.tokenizer.eot_id]
+        assert corpus.num_bytes(split) == len(part.encode())
+    again = command("shakespeare", *options, tmp_path / "b", "--tokenizer", tmp_path)
+    assert again.returncode == 0 and (tmp_path / "b/train.bin").read_bytes() == (tmp_path / "train.bin").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+def test_shakespeare_without_network_says_where_to_get_it(tmp_path, monkeypatch, name):
+    module = script(name)
+    monkeypatch.setattr(prepare, "SHAKESPEARE", tmp_path / "input.txt")
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out")])
-    monkeypatch.setattr(module, "URL", "http://127.0.0.1:9/input.txt")
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     with pytest.raises(ValueError, match="get the file from http://.* and pass it with --input FILE"):
         module.main()
 
@@ -272,13 +318,14 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     module = script("shakespeare_char")
     (tmp_path / "served.txt").write_text("to be or not to be\n" * 50)
     kept = tmp_path / "input.txt"
-    monkeypatch.setattr(module, "KEPT", kept)
-    monkeypatch.setattr(module, "URL", (tmp_path / "served.txt").as_uri())
+    monkeypatch.setattr(prepare, "SHAKESPEARE", kept)
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", (tmp_path / "served.txt").as_uri())
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="is not tiny Shakespeare"):
         module.main()
     assert not kept.exists()
-    monkeypatch.setattr(module, "SHA256", hashlib.sha256((tmp_path / "served.txt").read_bytes()).hexdigest())
+    digest = hashlib.sha256((tmp_path / "served.txt").read_bytes()).hexdigest()
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", digest)
     module.main()
     (tmp_path / "served.txt").unlink()
     module.main()  # from the kept copy
@@ -300,6 +347,15 @@ def test_pydocs_is_always_the_same_readable_ascii(tmp_path, pydocs):
     assert corpus.vocab_size <= 97
     assert set(corpus.tokenizer.characters) <= {"\n", *map(chr, range(32, 127))}
     assert corpus.num_bytes("train") > 1_000_000 and corpus.num_bytes("val") > 40_000
+
+
+def test_pydocs_can_have_a_vocabulary_of_its_own(tmp_path, pydocs):
+    result = command("pydocs", "--output", tmp_path, "--vocab_size", "1000")
+    assert result.returncode == 0, result.stderr
+    corpus = Corpus(tmp_path)
+    text = "".join(text + "<|endoftext|>" for text in pydocs if split_of(text, 0.05) == "val")
+    assert corpus.tokenizer.decode(np.fromfile(tmp_path / "val.bin", "<u2")) == text
+    assert corpus.vocab_size == 1000 and corpus.num_bytes("val") / corpus.num_tokens("val") > 2.5
 
 
 def test_pydocs_documents_are_public_objects_and_none_is_there_twice(pydocs):

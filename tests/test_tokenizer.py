@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from common.tokenizer import CharTokenizer, TiktokenTokenizer, load_tokenizer, tokenizer_from_name
+from bpe import BPE, train
+from common.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, tokenizer_from_name
 
 TEXT = "Grüße, 世界! 🙂\r\n\ttabs, and <|endoftext|> spelled out\n"
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    """What bpe.py learned from the text."""
+    return BPETokenizer(train([TEXT * 9], 300))
 
 
 def same(a, b):
@@ -22,16 +29,16 @@ def test_characters_are_numbered_in_sorted_order(eot):
     assert (tokenizer.vocab_size, tokenizer.eot_id) == ((4, 3) if eot else (3, None))
 
 
-def test_any_text_survives_encode_and_decode(tiny_encoding):
-    for tokenizer in (CharTokenizer(TEXT, eot=True), TiktokenTokenizer(tiny_encoding)):
+def test_any_text_survives_encode_and_decode(tiny_encoding, vocabulary):
+    for tokenizer in (CharTokenizer(TEXT, eot=True), TiktokenTokenizer(tiny_encoding), vocabulary):
         ids = tokenizer.encode(TEXT)
         assert isinstance(ids, list) and all(type(token) is int for token in ids)
         assert tokenizer.decode(ids) == TEXT
         assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
 
 
-def test_a_special_token_spelled_out_in_text_stays_text(tiny_encoding):
-    for tokenizer in (CharTokenizer(TEXT, eot=True), TiktokenTokenizer(tiny_encoding)):
+def test_a_special_token_spelled_out_in_text_stays_text(tiny_encoding, vocabulary):
+    for tokenizer in (CharTokenizer(TEXT, eot=True), TiktokenTokenizer(tiny_encoding), vocabulary):
         assert tokenizer.eot_id not in tokenizer.encode("<|endoftext|>")
         assert tokenizer.decode([tokenizer.eot_id]) == "<|endoftext|>"
 
@@ -52,8 +59,8 @@ def test_an_unknown_character_is_named_with_its_position():
         tokenizer.encode("🙂")
 
 
-def test_ids_outside_the_vocabulary_are_refused(tiny_encoding):
-    for tokenizer in (CharTokenizer("abc", eot=True), TiktokenTokenizer(tiny_encoding)):
+def test_ids_outside_the_vocabulary_are_refused(tiny_encoding, vocabulary):
+    for tokenizer in (CharTokenizer("abc", eot=True), TiktokenTokenizer(tiny_encoding), vocabulary):
         for wrong in (-1, tokenizer.vocab_size):
             with pytest.raises(ValueError, match=f"token {wrong} is outside"):
                 tokenizer.decode([0, wrong])
@@ -74,12 +81,44 @@ def test_unused_tiktoken_ids_and_broken_utf8_decode_to_replacement_characters(ti
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
 
 
-def test_save_and_load_give_the_same_tokenizer(tmp_path, tiny_encoding):
+def test_a_vocabulary_of_bpe_py_keeps_its_ids_and_its_file(tmp_path, vocabulary):
+    vocabulary.save(tmp_path)
+    vocabulary.bpe.save(tmp_path / "a.bpe")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "a.bpe").read_bytes()
+    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "a.bpe"):
+        for loaded in (load_tokenizer(path), tokenizer_from_name(str(path))):
+            assert same(loaded, vocabulary) and loaded.name == "bpe"
+    assert vocabulary.encode(TEXT) == vocabulary.bpe.encode(TEXT)
+    assert vocabulary.eot_id == vocabulary.vocab_size - 5
+    assert BPETokenizer(train([TEXT], 260, special_tokens=())).eot_id is None
+
+
+def test_a_vocabulary_with_unused_ids_decodes_them_to_replacement_characters():
+    tokenizer = BPETokenizer(BPE("gpt4", [], {"<|endoftext|>": 300}))
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (301, 300)
+    assert tokenizer.decode([97, 280, 98, 195]) == "a\ufffdb\ufffd"
+
+
+def test_a_damaged_vocabulary_and_a_foreign_tokenizer_json_are_told_apart(tmp_path, vocabulary):
+    path = tmp_path / "tokenizer.json"
+    vocabulary.save(tmp_path)
+    path.write_text(path.read_text().replace('"gpt4"', '"gpt2"'))
+    with pytest.raises(ValueError, match="tokenizer.json is damaged: its checksum differs"):
+        load_tokenizer(tmp_path)
+    path.write_text('{"version": "1.0", "model": {}}')
+    with pytest.raises(ValueError, match="for Hugging Face's: python -m common.tokenizer_json import"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at 'none.bpe'"):
+        tokenizer_from_name("none.bpe")
+
+
+def test_save_and_load_give_the_same_tokenizer(tmp_path, tiny_encoding, vocabulary):
     for tokenizer in (
         CharTokenizer(TEXT, eot=True),
         CharTokenizer(TEXT, eot=False),
         CharTokenizer([*TEXT, "\ud800"], eot=True),
         TiktokenTokenizer(tiny_encoding),
+        vocabulary,
     ):
         tokenizer.save(tmp_path)
         assert same(load_tokenizer(tmp_path), tokenizer)

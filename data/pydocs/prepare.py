@@ -5,6 +5,7 @@ public modules, classes and functions, read from the source without importing it
 its name and signature, an empty line, its docstring. The corpus is always the same for the same version of Python.
 Typographic quotes, dashes and the like become ASCII, paragraphs with characters other than printable ASCII are left
 out, and so are very short documents and repeated ones. One document in twenty, by a hash of its text, is validation.
+Tokens are characters; --vocab_size N learns a byte-pair vocabulary from the training documents instead.
 """
 
 import ast
@@ -95,7 +96,7 @@ def pydocs() -> list[str]:
 
 
 def main() -> None:
-    args = corpus_parser(__doc__, output=HERE, tokenizer="char", val_fraction=0.05).parse_args()
+    args = corpus_parser(__doc__, output=HERE, tokenizer=1024, val_fraction=0.05).parse_args()
     documents = pydocs()
     if len(documents) < 1000:
         raise ValueError(

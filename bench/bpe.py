@@ -1,0 +1,117 @@
+"""Learning a BPE vocabulary: rustbpe and Hugging Face tokenizers, both native code, beside ours.
+
+    python bench/bpe.py --input FILES [--sizes 5,12,100] [--vocab_sizes 4096,32768] [--repeat 3]
+
+All learn from the first N megabytes of the files, as the same documents of about 100 kB, with the same pattern and
+vocabulary size. Each run is a process of its own; reported are the median time, imports left out, and the highest
+memory, that of its own child processes included. Peers that are not installed are left out (pip install rustbpe
+tokenizers).
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# rustbpe and tokenizers know no possessive quantifiers in some places; without them the pattern cuts alike, more slowly
+GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+def learn_ours(documents: list[str], vocab_size: int) -> None:
+    import bpe
+
+    bpe.train(documents, vocab_size, "gpt4", special_tokens=())
+
+
+def learn_rustbpe(documents: list[str], vocab_size: int) -> None:
+    import rustbpe
+
+    rustbpe.Tokenizer().train_from_iterator(documents, vocab_size=vocab_size, pattern=GPT4)
+
+
+def learn_tokenizers(documents: list[str], vocab_size: int) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(GPT4.replace("?+", "?").replace("++", "+")), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+
+
+LEARNERS = {"ours": learn_ours, "rustbpe": learn_rustbpe, "tokenizers": learn_tokenizers}
+
+
+def documents_of(files: list[str], megabytes: int) -> list[str]:
+    """The first megabytes of the files, cut into documents at line breaks."""
+    documents, wanted = [], megabytes * 1_000_000
+    for path in files:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            while wanted > 0 and (text := file.read(min(wanted, 100_000))):
+                documents.append(text + file.readline())
+                wanted -= len(documents[-1])
+    return documents
+
+
+def measure(name: str, files: list[str], megabytes: int, vocab_size: int, pipe) -> None:
+    """In a process of its own: send the seconds and the MiB that learning took."""
+    documents = documents_of(files, megabytes)
+    if sum(map(len, documents)) < 0.99e6 * megabytes:
+        pipe.send(None)
+        return
+    LEARNERS[name](["a few words for a start, so that imports are done"], 260)
+    begin = time.perf_counter()
+    LEARNERS[name](documents, vocab_size)
+    seconds = time.perf_counter() - begin
+    memory = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    pipe.send((seconds, sum(memory) / 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="UTF-8 text files")
+    parser.add_argument("--sizes", default="5,12,100", help="megabytes of text")
+    parser.add_argument("--vocab_sizes", default="4096,32768")
+    parser.add_argument("--repeat", type=int, default=3)
+    arguments = parser.parse_args()
+    names = [name for name in LEARNERS if name == "ours" or importlib.util.find_spec(name)]
+    print(
+        f"{'MB':>4} {'vocabulary':>10}  "
+        + "  ".join(f"{name:>10} s {'MiB':>6}" for name in names)
+        + "   slower than ours"
+    )
+    context = multiprocessing.get_context("spawn")
+    for megabytes in map(int, arguments.sizes.split(",")):
+        for vocab_size in map(int, arguments.vocab_sizes.split(",")):
+            runs: dict[str, list] = {name: [] for name in names}
+            for _ in range(arguments.repeat):
+                for name in names:
+                    here, there = context.Pipe()
+                    process = context.Process(
+                        target=measure, args=(name, arguments.input, megabytes, vocab_size, there)
+                    )
+                    process.start()
+                    there.close()
+                    runs[name].append(here.recv())
+                    process.join()
+            if None in runs["ours"]:
+                print(f"{megabytes:4} MB: the files hold less text than that")
+                continue
+            seconds = {name: statistics.median(run[0] for run in runs[name]) for name in names}
+            memory = {name: max(run[1] for run in runs[name]) for name in names}
+            cells = "  ".join(f"{seconds[name]:12.2f} {memory[name]:6.0f}" for name in names)
+            ratios = ", ".join(f"{name} {seconds[name] / seconds['ours']:.2f}x" for name in names[1:])
+            print(f"{megabytes:4} {vocab_size:10,}  {cells}   {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

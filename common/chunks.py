@@ -1,0 +1,133 @@
+"""How text is cut into chunks, which no merge of a BPE vocabulary crosses; and how often each chunk occurs.
+
+Counting uses all cores, and Python's own regular expressions where the text is ASCII: they are several times faster
+than those that know Unicode. This file imports little, since every process that helps must import it first.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import regex
+
+# How text is cut into chunks, which merges never cross. `digits` follows the Baichuan 2 report (section 2.3): each
+# digit alone, runs of spaces kept, and no space joined to the word behind it.
+PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"""
+    r"""|\s*[\r\n]|\s+(?!\S)|\s""",
+    "digits": r"""\p{L}++|\p{N}|[^\s\p{L}\p{N}]++| ++|[\r\n]++|\s""",
+}  # fmt: skip
+# The patterns again for text that is ASCII throughout, for Python's re: several times faster, and the same there.
+IN_ASCII = {
+    r"[^\s\p{L}\p{N}]": r"[^\sa-zA-Z0-9]", r"[^\r\n\p{L}\p{N}]": r"[^\r\na-zA-Z0-9]",
+    r"\p{L}": "[a-zA-Z]", r"\p{N}": "[0-9]", "$": r"\Z",
+}  # fmt: skip
+ASCII_PATTERNS = {
+    name: functools.reduce(lambda text, change: text.replace(*change), IN_ASCII.items(), pattern)
+    for name, pattern in PATTERNS.items()
+}
+# Every named pattern has a boundary between a visible character and a space (1C to 1F, which Python takes for spaces
+# and Unicode does not, are neither here), and what follows is cut alike wherever it stands: so text may be cut there.
+CUT = re.compile(r"(?<=[^\s\x1c-\x1f]) ")
+PIECE, TASK = 1 << 12, 1 << 21  # characters: what is searched at once, so that most is ASCII; what is counted at once
+
+
+def splitter(pattern: str) -> Callable[[str], list[str]]:
+    """The function that cuts a text into chunks, by a named pattern or a regular expression.
+
+    Together the chunks are the text. ValueError for what is no such expression.
+    """
+    try:
+        expression = regex.compile(PATTERNS.get(pattern, pattern))
+    except regex.error as error:
+        names = ", ".join(PATTERNS)
+        raise ValueError(
+            f"the pattern {pattern!r} is neither one of {names} nor a regular expression: {error}"
+        ) from None
+    if expression.groups:
+        raise ValueError(f"the pattern {pattern!r} has groups that capture: write (?:...) for (...)")
+
+    if pattern in PATTERNS:
+        find, find_ascii = expression.findall, re.compile(ASCII_PATTERNS[pattern], re.ASCII).findall
+        return lambda text: find_ascii(text) if text.isascii() else find(text)
+
+    def split(text: str) -> list[str]:
+        chunks = expression.findall(text)
+        if sum(map(len, chunks)) != len(text):
+            raise ValueError(f"the pattern {pattern!r} leaves characters of {text[:40]!r} out: add |. or |\\s to it")
+        return chunks
+
+    return split
+
+
+def count_chunks(
+    texts: Iterable[str],
+    pattern: str,
+    workers: int | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> Counter[str]:
+    """How often each chunk occurs in the texts. workers: processes that count, this one too; default: all cores."""
+    splitter(pattern)  # refuses what is no pattern
+    chunks: Counter[str] = Counter()
+    for size, counts in _counted(_tasks(texts, pattern), pattern, workers or os.cpu_count() or 1):
+        for chunk, count in counts.items():
+            chunks[chunk] += count
+        progress(size)
+    return chunks
+
+
+def _pieces(text: str, size: int, pattern: str) -> Iterator[str]:
+    """The text in pieces of about `size` characters that a named pattern cuts like the whole; else the whole text."""
+    start = 0
+    while pattern in PATTERNS and len(text) - start > size and (gap := CUT.search(text, start + size)):
+        yield text[start : gap.start()]
+        start = gap.start()
+    yield text[start:]
+
+
+def _tasks(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
+    """The texts, or pieces of them, gathered to about TASK characters."""
+    portion, size = [], 0
+    for text in texts:
+        for piece in _pieces(text, TASK, pattern):
+            portion.append(piece)
+            size += len(piece)
+            if size >= TASK:
+                yield portion
+                portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _count(pattern: str, portion: list[str]) -> tuple[int, Counter[str]]:
+    """The number of characters in the texts of the portion, and their chunks."""
+    counts, split = Counter(), splitter(pattern)
+    for text in portion:
+        for piece in _pieces(text, PIECE, pattern):
+            counts.update(split(piece))
+    return sum(map(len, portion)), counts
+
+
+def _counted(tasks: Iterator[list[str]], pattern: str, workers: int) -> Iterator[tuple[int, Counter[str]]]:
+    """_count of each task; other processes help when there are more than a few, for they take a moment to start."""
+    first = list(itertools.islice(tasks, 4))
+    if workers == 1 or len(first) < 4:
+        yield from (_count(pattern, task) for task in itertools.chain(first, tasks))
+        return
+    with ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn")) as pool:
+        waiting: deque[Future] = deque()
+        for task in itertools.chain(first, tasks):
+            if len(waiting) < 2 * (workers - 1):  # no more of the text than this is ever in memory
+                waiting.append(pool.submit(_count, pattern, task))
+            else:
+                yield _count(pattern, task)
+            while waiting and waiting[0].done():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

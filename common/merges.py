@@ -1,0 +1,224 @@
+"""The merges of byte-pair encoding, learned in numpy as fast as native code does.
+
+"Merge the most frequent pair, again and again" [Sennrich et al. 2016]. Of equally frequent pairs the one that came into
+being first goes first: the one whose newer token is older, then whose older token is older, then the one with the newer
+token on the left. So the result depends on the text alone. What makes it fast: every pair knows where it stands, so
+that nothing is searched; and merges that cannot touch each other are done together, hundreds at once.
+"""
+
+import sys
+
+import numpy as np
+from numpy import ndarray
+from tqdm import tqdm
+
+NEVER = -(1 << 60)  # the count of a pair that is not to be merged (again)
+
+
+class Learner:
+    """A corpus of chunks that shrinks as pairs merge, and a table of the pairs in it.
+
+    The corpus: `symbol[p]` is the token at place p, -1 where it was merged away; `after` and `before` link the places
+    of a chunk, 0 is its end; `weight[p]` is how often the chunk occurs.
+    The table: pair i is `key[i]`, occurs `count[i]` times in all, at the places `place[first[i]:first[i + 1]]` (some of
+    them out of date). A key is made of the newer token of the pair first. All occurrences of a pair are born when its
+    newer token is, so new pairs always go to the end, the keys are sorted by themselves, and nothing ever moves.
+    """
+
+    def __init__(self, chunks: dict[bytes, int], max_token_length: int):
+        sizes = np.array([len(chunk) for chunk in chunks])
+        ends = np.cumsum(sizes)  # places count from 1
+        self.symbol = np.concatenate(([-1], np.frombuffer(b"".join(chunks), np.uint8))).astype(np.int32)
+        self.weight = np.concatenate(([0], np.repeat(np.array(list(chunks.values()), np.int64), sizes)))
+        self.after = np.arange(1, len(self.symbol) + 1, dtype=np.int32)
+        self.before = np.arange(-1, len(self.symbol) - 1, dtype=np.int32)
+        self.after[ends] = self.before[ends - sizes + 1] = self.after[0] = self.before[0] = 0
+        self.tokens = [bytes([byte]) for byte in range(256)]
+        self.known, self.max_token_length = set(self.tokens), max_token_length
+        self.key, self.count, self.first = (np.empty(0, np.int64) for _ in range(3))
+        self.place, self.pairs, self.places = np.empty(0, np.int32), 0, 0
+        self.candidates, self.threshold = np.empty(0, np.int64), sys.maxsize
+        self.scratch = np.zeros(len(self.symbol), np.int32)  # zeros, between uses
+        self.add_pairs(np.flatnonzero(self.after))
+
+    def pair_key(self, left: ndarray, right: ndarray) -> ndarray:
+        """(newer token, older token, which of them is on the left) as one number."""
+        newer, older = np.maximum(left, right).astype(np.int64), np.minimum(left, right)
+        return newer << 33 | older.astype(np.int64) << 1 | (left < right)
+
+    def pair_ends(self, pairs: ndarray) -> tuple[ndarray, ndarray]:
+        """The left and the right token of the pairs."""
+        key = self.key[pairs]
+        newer, older, older_left = key >> 33, key >> 1 & 0xFFFFFFFF, (key & 1).astype(bool)
+        return np.where(older_left, older, newer), np.where(older_left, newer, older)
+
+    def add_pairs(self, lefts: ndarray) -> None:
+        """Enter the pairs that begin at these places, all of them new to the table."""
+        key = self.pair_key(self.symbol[lefts], self.symbol[self.after[lefts]])
+        order = np.argsort(key)
+        key, lefts = key[order], lefts[order]
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        pairs, places = self.pairs + len(starts), self.places + len(lefts)
+        self.key, self.count, self.first = (grown(a, pairs + 1) for a in (self.key, self.count, self.first))
+        self.place = grown(self.place, places)
+        self.key[self.pairs : pairs] = key[starts]
+        if len(starts):
+            self.count[self.pairs : pairs] = np.add.reduceat(self.weight[lefts], starts)
+        self.first[self.pairs : pairs + 1] = np.append(starts, len(lefts)) + self.places
+        self.place[self.places : places] = lefts
+        new = np.arange(self.pairs, pairs)
+        self.candidates = np.concatenate((self.candidates, new[self.count[new] >= self.threshold]))
+        self.pairs, self.places = pairs, places
+
+    def most_frequent(self, limit: int) -> ndarray:
+        """The pairs with the highest counts, of equals the oldest; at most limit.
+
+        Only candidates are looked at: all pairs whose count is at least a threshold, lowered when they run out.
+        """
+        self.candidates = self.candidates[self.count[self.candidates] >= max(1, self.threshold)]
+        if not len(self.candidates):
+            count = self.count[: self.pairs]
+            rank = max(0, len(count) - 2048)
+            self.threshold = max(1, int(np.partition(count, rank)[rank])) if len(count) else 1
+            self.candidates = np.flatnonzero(count >= self.threshold)
+        pairs = self.candidates  # oldest first
+        if len(pairs) > limit:
+            count = self.count[pairs]
+            last = np.partition(count, -limit)[-limit]
+            sure, tied = pairs[count > last], pairs[count == last]
+            pairs = np.concatenate((sure, tied[: limit - len(sure)]))
+        return pairs[np.argsort(-self.count[pairs], kind="stable")]
+
+    def next_batch(self, limit: int) -> list[tuple[int, int, int]]:
+        """The pairs to merge next as (pair, left, right), in order, as far as counts can tell now; [] at the end.
+
+        Pairs whose token exists already, or would be too long, are struck off.
+        """
+        batch, new, pairs = [], set(), self.most_frequent(limit)
+        for pair, left, right in zip(pairs.tolist(), *(ends.tolist() for ends in self.pair_ends(pairs)), strict=True):
+            token = self.tokens[left] + self.tokens[right]
+            if token in self.known or len(token) > self.max_token_length:
+                self.count[pair] = NEVER
+            elif token in new:  # made by a merge of this batch, if that is really done
+                break
+            else:
+                batch.append((pair, left, right))
+                new.add(token)
+        return batch if batch or not len(pairs) else self.next_batch(limit)
+
+    def merge(self, batch: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Do those merges of the batch that can be done at once; returns (left, right, count) of each.
+
+        That is, with the result of doing them one by one. A pair that shares a symbol of the text with a merge before
+        it becomes rarer by that, and is put off; the batch ends where it is the turn of a pair, new or put off, that is
+        not in it.
+        """
+        pairs, left, right = np.array(batch).T
+        count = self.count[pairs]
+        # Where the pairs are now: p the place of the left symbol, q of the right one, j which pair of the batch
+        sizes = self.first[pairs + 1] - self.first[pairs]
+        j = np.repeat(np.arange(len(pairs)), sizes)
+        p = self.place[np.arange(len(j)) + np.repeat(self.first[pairs] - np.cumsum(sizes) + sizes, sizes)]
+        q = self.after[p]
+        current = (self.symbol[p] == left[j]) & (self.symbol[q] == right[j])
+        p, q, j = p[current], q[current], j[current]
+        taken = np.ones(len(p), bool)
+        if (left == right).any():  # aaaa is three pairs aa, of which two merge: every second one of a run
+            order = np.lexsort((p, j))
+            p, q, j = p[order], q[order], j[order]
+            index, runs_on = np.arange(len(p)), np.append(False, (p[1:] == q[:-1]) & (j[1:] == j[:-1]))
+            taken = (index - np.maximum.accumulate(np.where(runs_on, 0, index))) % 2 == 0
+        put_off, threat = self.clashes(p, q, j, taken, len(batch))
+        mine = taken & ~put_off[j]
+        p, q, j = p[mine], q[mine], j[mine]
+        self.highest_new(p, q, j, threat)
+        # A threat to merge i: some pair, new or put off by a merge before i, that is more frequent than pair i
+        late = np.flatnonzero(count[1:] < np.maximum.accumulate(threat)[:-1])
+        safe = int(late[0]) + 1 if len(late) else len(batch)
+        done = np.flatnonzero(~put_off[:safe])
+        number = np.cumsum(~put_off) - 1
+        mine = j < safe
+        self.replace(p[mine], q[mine], number[j[mine]])
+        self.count[pairs[done]] = NEVER
+        merges = [(*batch[i][1:], int(count[i])) for i in done.tolist()]
+        self.tokens += [self.tokens[a] + self.tokens[b] for a, b, _ in merges]
+        self.known.update(self.tokens[-len(merges) :])
+        return merges
+
+    def clashes(self, p: ndarray, q: ndarray, j: ndarray, taken: ndarray, size: int) -> tuple[ndarray, ndarray]:
+        """Which pairs of the batch share a symbol with one that is merged before them, and so are put off.
+
+        Also, for these, how frequent they still are when their turn has come, plus one; for the others 0.
+        """
+        put_off, threat = np.zeros(size, bool), np.zeros(size, np.int64)
+        self.scratch[q] = j + 1
+        other = self.scratch[p] - 1  # which pair ends where this one begins
+        self.scratch[q] = 0
+        meet = np.flatnonzero((other >= 0) & (other != j))
+        if len(meet):
+            low, high = np.minimum(other[meet], j[meet]), np.maximum(other[meet], j[meet])
+            for edge in np.unique(high.astype(np.int64) * size + low).tolist():  # by the later one of the two
+                if not put_off[edge % size]:
+                    put_off[edge // size] = True
+            merged, late = taken & ~put_off[j], put_off[j]
+            self.scratch[p[merged]] = self.scratch[q[merged]] = j[merged] + 1
+            owners = np.stack((self.scratch[p[late]], self.scratch[q[late]]))
+            left_over = ((owners == 0) | (owners > j[late])).all(0)
+            self.scratch[p[merged]] = self.scratch[q[merged]] = 0
+            np.add.at(threat, j[late][left_over], self.weight[p[late]][left_over])
+            threat[put_off] += 1
+        return put_off, threat
+
+    def highest_new(self, p: ndarray, q: ndarray, j: ndarray, highest: ndarray) -> None:
+        """Enter, for each pair of the batch that is merged, how frequent a pair with its new token can be.
+
+        That is at most as often as the same symbol is beside the same merge now: in the batch, neighbours can only
+        merge and so become rarer.
+        """
+        beside = [(self.before[p], 0), (self.after[q], 1)]
+        key = np.concatenate([(j << 33 | side << 32 | self.symbol[at])[at > 0] for at, side in beside])
+        weight = np.concatenate([self.weight[p][at > 0] for at, _ in beside])
+        if len(key):
+            order = np.argsort(key)
+            key, starts = key[order], np.flatnonzero(np.diff(key[order], prepend=-1))
+            np.maximum.at(highest, key[starts] >> 33, np.add.reduceat(weight[order], starts))
+
+    def replace(self, p: ndarray, q: ndarray, j: ndarray) -> None:
+        """Put new token number j at the places p and nothing at q; update the links and the table of pairs."""
+        before, after = self.before[p], self.after[q]
+        self.scratch[q] = 1
+        on_left = (before > 0) & (self.scratch[before] == 0)  # else it is the pair on the right of the merge before
+        on_right = after > 0
+        self.scratch[q] = 0
+        old = (self.pair_key(self.symbol[before], self.symbol[p])[on_left],
+               self.pair_key(self.symbol[q], self.symbol[after])[on_right])  # fmt: skip
+        lost = np.searchsorted(self.key[: self.pairs], np.concatenate(old))
+        np.subtract.at(self.count, lost, np.concatenate((self.weight[p][on_left], self.weight[p][on_right])))
+        self.symbol[p], self.symbol[q] = len(self.tokens) + j, -1
+        self.after[p] = after
+        self.before[after[on_right]] = p[on_right]
+        self.add_pairs(np.concatenate((before[on_left], p[on_right])))
+
+
+def grown(array: ndarray, size: int) -> ndarray:
+    """The array with room for size items: itself, or a copy with at least twice the room."""
+    return array if len(array) >= size else np.concatenate((array, np.empty(max(size, len(array)), array.dtype)))
+
+
+def learn_merges(
+    chunks: dict[bytes, int], number: int, max_token_length: int | None = None, progress: bool = False
+) -> list[tuple[int, int, int]]:
+    """The first `number` merges (left, right, count) for these chunks and their counts; fewer if nothing is left.
+
+    Merge n makes token 256 + n out of tokens left and right; tokens below 256 are the bytes.
+    """
+    merges: list[tuple[int, int, int]] = []
+    learner = Learner({chunk: n for chunk, n in chunks.items() if chunk}, max_token_length or sys.maxsize)
+    size = 16
+    with tqdm(total=number, unit="merge", desc="merge", disable=None if progress else True) as bar:
+        while len(merges) < number and (batch := learner.next_batch(min(size, number - len(merges)))):
+            done = learner.merge(batch)
+            merges += done
+            size = min(4096, max(16, 2 * len(done)))
+            bar.update(len(done))
+    return merges
