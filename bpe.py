@@ -93,6 +93,8 @@ class BPE:
             check_text(text)
         self._check_special(allowed_special)
         allowed, threads = set(allowed_special), threads or os.cpu_count() or 1
+        if not allowed:
+            return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
         return self.encoding.encode_batch(texts, num_threads=threads, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
