@@ -4,6 +4,7 @@ Counting uses all cores, and Python's own regular expressions where the text is 
 than those that know Unicode. This file imports little, since every process that helps must import it first.
 """
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -35,7 +36,8 @@ ASCII_PATTERNS = {
 # Every named pattern has a boundary between a visible character and a space (1C to 1F, which Python takes for spaces
 # and Unicode does not, are neither here), and what follows is cut alike wherever it stands: so text may be cut there.
 CUT = re.compile(r"(?<=[^\s\x1c-\x1f]) ")
-PIECE, TASK = 1 << 12, 1 << 21  # characters: what is searched at once, so that most is ASCII; what is counted at once
+TASK = 1 << 20  # characters that are counted at once
+PIECE, PART = 1 << 12, 1 << 8  # characters that are searched at once; and where they are not all ASCII
 
 
 def splitter(pattern: str) -> Callable[[str], list[str]]:
@@ -72,13 +74,34 @@ def count_chunks(
     workers: int | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Counter[str]:
-    """How often each chunk occurs in the texts. workers: processes that count, this one too; default: all cores."""
-    splitter(pattern)  # refuses what is no pattern
-    chunks: Counter[str] = Counter()
-    for size, counts in _counted(_tasks(texts, pattern), pattern, workers or os.cpu_count() or 1):
+    """How often each chunk occurs in the texts. workers: processes that count, this one too; default: all cores.
+
+    Others help only when there are more than a few tasks, for they take a moment to start.
+    """
+    chunks, split, tasks = Counter(), splitter(pattern), _tasks(texts, pattern)
+    first = list(itertools.islice(tasks, 8))
+    helpers = (workers or os.cpu_count() or 1) - 1 if len(first) == 8 else 0
+    waiting: deque[Future] = deque()
+
+    def collect() -> None:
+        size, counts = waiting.popleft().result()
         for chunk, count in counts.items():
             chunks[chunk] += count
         progress(size)
+
+    with contextlib.ExitStack() as stack:
+        if helpers:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(helpers, context))
+        for task in itertools.chain(first, tasks):
+            if len(waiting) < 2 * helpers:  # no more of the text than this is ever in memory
+                waiting.append(pool.submit(_count_apart, pattern, task))
+            else:
+                progress(_count(split, pattern, task, chunks))
+            while waiting and waiting[0].done():
+                collect()
+        while waiting:
+            collect()
     return chunks
 
 
@@ -105,29 +128,16 @@ def _tasks(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
         yield portion
 
 
-def _count(pattern: str, portion: list[str]) -> tuple[int, Counter[str]]:
-    """The number of characters in the texts of the portion, and their chunks."""
-    counts, split = Counter(), splitter(pattern)
-    for text in portion:
+def _count(split: Callable[[str], list[str]], pattern: str, task: list[str], chunks: Counter[str]) -> int:
+    """Add the chunks of the task's texts; returns how many characters they are."""
+    for text in task:
         for piece in _pieces(text, PIECE, pattern):
-            counts.update(split(piece))
-    return sum(map(len, portion)), counts
+            for part in [piece] if piece.isascii() else _pieces(piece, PART, pattern):
+                chunks.update(split(part))
+    return sum(map(len, task))
 
 
-def _counted(tasks: Iterator[list[str]], pattern: str, workers: int) -> Iterator[tuple[int, Counter[str]]]:
-    """_count of each task; other processes help when there are more than a few, for they take a moment to start."""
-    first = list(itertools.islice(tasks, 4))
-    if workers == 1 or len(first) < 4:
-        yield from (_count(pattern, task) for task in itertools.chain(first, tasks))
-        return
-    with ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn")) as pool:
-        waiting: deque[Future] = deque()
-        for task in itertools.chain(first, tasks):
-            if len(waiting) < 2 * (workers - 1):  # no more of the text than this is ever in memory
-                waiting.append(pool.submit(_count, pattern, task))
-            else:
-                yield _count(pattern, task)
-            while waiting and waiting[0].done():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _count_apart(pattern: str, task: list[str]) -> tuple[int, Counter[str]]:
+    """_count in a process of its own."""
+    chunks: Counter[str] = Counter()
+    return _count(splitter(pattern), pattern, task, chunks), chunks
