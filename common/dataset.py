@@ -242,6 +242,7 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the corpus was made with."""
         tokenizer = load_tokenizer(self.folder)
         if tokenizer.vocab_size != self.vocab_size:
             raise ValueError(

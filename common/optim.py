@@ -64,6 +64,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One update of every weight; each must have a gradient."""
         (group,) = self.param_groups
         by_shape = defaultdict(list)  # (r, c) with r <= c → pairs of a weight matrix and its momentum, both (r, c)
         for weight, rows in zip(group["params"], self.rows, strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import BPE, EOT
+from bpe import BPE, EOT, write_whole
 
 FILE_NAME = "tokenizer.json"
 
@@ -163,13 +163,7 @@ def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokeni
 
 def write_json(path: Path, content: dict) -> None:
     """Write `content` to `path`: the new file is there whole and on disk, or the old one still is."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def _code_points(text: str) -> np.ndarray:

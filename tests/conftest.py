@@ -70,3 +70,14 @@ def tiny_gpt():
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def vocabularies():
+    """A vocabulary per named pattern, learned from prose, code and all fixtures."""
+    from bpe import train
+    from common.chunks import PATTERNS
+    from tests.bpe_helpers import FIXTURES, PROSE
+
+    texts = [PROSE, *[text for text in FIXTURES.values() for _ in range(3)]]
+    return {pattern: train(texts, 1000, pattern) for pattern in PATTERNS}

@@ -1,14 +1,9 @@
 """bpe.py against a naive reference, tiktoken, and Hugging Face's tokenizers."""
 
-import io
 import json
 import os
 import pickle
 import random
-import re
-import subprocess
-import sys
-import unicodedata
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,60 +11,15 @@ from pydoc_data.topics import topics
 import pytest
 import regex
 import tiktoken
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import bpe
 from bpe import BPE, EOT, SPECIAL_TOKENS, train
 from common import chunks as chunks_module
-from common import cli
 from common.chunks import PATTERNS, count_chunks, splitter
 from common.merges import learn_merges
-from common.tokenizer_json import byte_characters, export_tokenizer_json, import_tokenizer_json
-
-ROOT = Path(__file__).parent.parent
-PROSE = "".join((ROOT / name).read_text() for name in ("README.md", "LICENSE", "train.py", "model.py"))[:60_000]
-FIXTURES = {
-    "empty": "",
-    "chinese": "从前有座山,山里有座庙。庙里有个老和尚 讲故事:2024年、1234567!\u3000全角\u3000 空格",
-    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 🙂🙂🙂🙂 👍🏽 1️⃣ 🇩🇪🇫🇷",
-    "marks": "e\u0301 n\u0303 Z̷̢̛a̸͝l̵͠g̵o ก็็็็ नमस्ते ﷺ İı ſ ß K Ω",
-    "code": "def f(x):\n\treturn x**2  # 12345\r\n\r\n\n    if (a&&b){c->d[0x1F]++;}\n   \n\t\t\n",
-    "contractions": "I'm don't DON'T we'LL it'ſ they'Ve 'tis ''s 'd'd  'll 's",
-    "controls": "a\x00b\x1cc\x1d \x1e\x1f d\x85e\u2028f\u2029\xa0g\u200bh\ufeffi\x0b\x0c\x7f \x1c \n\x85 \r\n \x1f\n",
-    "spaces": "  a   b \n\n  c\t\t d \r\n\r \n e   ",
-    "mixed": "Größe 世界x123y٣٤٥ Ⅻ½ привет,мир! a.org/?q=1&r=%20 <|endoftext|><|user|> \U0010ffff\ue000\ufffe",
-    "runs": "a" * 300 + " " * 300 + "!" * 300 + "\n" * 30 + "1" * 30,
-}
-
-
-def characters(source: random.Random, size: int) -> str:
-    """A text that changes its kind of character all the time; those that are younger than this Python are left out.
-
-    (Libraries disagree on what a letter is only where Unicode is newer than one of them.)
-    """
-    pools = ["aZsStTlLmMrReEvVdDſKé中", "'’", "  \n\r\t\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000", "019٣½Ⅻ²",
-             "!?.-_\x00\x7f\u200d\u0301\ufe0f🙂🏽"]  # fmt: skip
-    text = ""
-    while len(text) < size:
-        if source.random() < 0.1:
-            c = chr(source.choice((source.randrange(0xD800), source.randrange(0xE000, 0x110000))))
-            text += c if unicodedata.category(c) != "Cn" else ""
-        else:
-            text += "".join(source.choices(source.choice(pools), k=source.choice((1, 1, 2, 5))))
-    return text
-
-
-@pytest.fixture(scope="module")
-def vocabularies() -> dict[str, BPE]:
-    """A vocabulary per named pattern, learned from prose, code and all fixtures."""
-    texts = [PROSE, *[text for text in FIXTURES.values() for _ in range(3)]]
-    return {pattern: train(texts, 1000, pattern) for pattern in PATTERNS}
-
-
-def same(a: BPE, b: BPE) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in
-               ("pattern", "merges", "special_tokens", "alphabet", "first_id", "ranks", "vocab_size"))  # fmt: skip
-
+from common.tokenizer_json import byte_characters
+from tests.bpe_helpers import FIXTURES, PROSE, adversarial, characters, same
 
 # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -230,12 +180,6 @@ def test_what_cannot_be_learned_is_refused_clearly(arguments, options, message):
 
 
 # --- cutting text ------------------------------------------------------------------------------------------------
-
-
-def adversarial() -> list[str]:
-    source = random.Random(0)
-    return [*FIXTURES.values(), *("".join(source.sample(list(FIXTURES.values()), 3)) for _ in range(30)),
-            *(characters(source, source.choice((3, 10, 40, 400))) for _ in range(1500))]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -427,267 +371,3 @@ def test_a_missing_file_and_a_future_version_are_told(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this code reads 1"):
         BPE.load(tmp_path / "a.bpe")
-
-
-# --- tokenizer.json ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
-def test_an_exported_vocabulary_has_the_same_ids_in_tokenizers(vocabularies, pattern, tmp_path):
-    vocabulary = vocabularies.get(pattern) or train([PROSE], 600, pattern)
-    export_tokenizer_json(vocabulary, tmp_path / "tokenizer.json")
-    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.get_vocab_size() == vocabulary.vocab_size
-    for name, id in vocabulary.special_tokens.items():
-        assert theirs.token_to_id(name) == id and theirs.encode(f"a{name}b").ids == vocabulary.encode(
-            f"a{name}b", [name]
-        )
-    theirs.encode_special_tokens = True  # special tokens in text are text, as in ours
-    for text in [*FIXTURES.values(), PROSE, *adversarial()[-500:]]:
-        ids = vocabulary.encode(text)
-        assert theirs.encode(text).ids == ids
-        assert theirs.decode(ids, skip_special_tokens=False) == text
-    assert same(import_tokenizer_json(tmp_path / "tokenizer.json"), vocabulary)
-
-
-def test_runs_of_digits_are_cut_alike_in_tokenizers(tmp_path):
-    vocabulary = train(["1234567 98765 " * 50], 300)
-    export_tokenizer_json(vocabulary, tmp_path / "tokenizer.json")
-    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode("1234567 x98765").ids == vocabulary.encode("1234567 x98765")
-
-
-@pytest.fixture(scope="module")
-def gpt2_like(tmp_path_factory):
-    """A tokenizer.json as GPT-2's, made by tokenizers: the special tokens come first."""
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    theirs.train_from_iterator([PROSE, *FIXTURES.values()], trainers.BpeTrainer(
-        vocab_size=3000, special_tokens=[EOT, "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))  # fmt: skip
-    path = tmp_path_factory.mktemp("gpt2") / "tokenizer.json"
-    theirs.save(str(path))
-    return path, theirs
-
-
-def test_an_imported_vocabulary_has_the_ids_it_had(gpt2_like, tmp_path):
-    path, theirs = gpt2_like
-    vocabulary = import_tokenizer_json(path)
-    assert (vocabulary.pattern, vocabulary.first_id, vocabulary.special_tokens) == ("gpt2", 2, {EOT: 0, "<pad>": 1})
-    assert vocabulary.vocab_size == theirs.get_vocab_size()
-    assert vocabulary.encode(EOT, [EOT]) == theirs.encode(EOT).ids == [0]
-    theirs.encode_special_tokens = True
-    texts = [*FIXTURES.values(), PROSE, *adversarial()[-300:]]
-    assert [vocabulary.encode(text) for text in texts] == [theirs.encode(text).ids for text in texts]
-    vocabulary.save(tmp_path / "a.bpe")
-    export_tokenizer_json(BPE.load(tmp_path / "a.bpe"), tmp_path / "again.json")
-    again = Tokenizer.from_file(str(tmp_path / "again.json"))
-    assert again.get_vocab() == theirs.get_vocab() and again.encode(EOT).ids == [0]
-    assert [again.encode(text).ids for text in texts if EOT not in text] == [
-        theirs.encode(text).ids for text in texts if EOT not in text
-    ]
-    assert same(import_tokenizer_json(tmp_path / "again.json"), vocabulary)
-
-
-def change(content: dict, path: str, value: object) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        content = content[key]
-    content[last] = value
-
-
-@pytest.mark.parametrize("path, value, message", [
-    ("model/type", "WordPiece", "WordPiece tokenizer, not byte-level BPE"),
-    ("model/type", "Unigram", "Unigram tokenizer, not byte-level BPE"),
-    ("model/byte_fallback", True, "byte_fallback=True"),
-    ("model/end_of_word_suffix", "</w>", "end_of_word_suffix='</w>'"),
-    ("model", {}, "no tokenizer.json of a byte-level BPE"),
-    ("model/vocab", {}, "no tokenizer.json of a byte-level BPE"),
-    ("model/vocab", {"▁the": 0}, "no tokenizer.json of a byte-level BPE"),
-    ("model/merges", [["a", "zzzz"]], "no tokenizer.json of a byte-level BPE"),
-    ("model/merges", [], "do not follow the order"),
-    ("normalizer", {"type": "NFC"}, r"changes the text before it encodes it \(NFC\)"),
-    ("pre_tokenizer", None, "no tokenizer.json of a byte-level BPE"),
-    ("pre_tokenizer", {"type": "Whitespace"}, "cuts text in a way not known here: Whitespace"),
-    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, "not known here: ByteLevel"),
-    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, "in 0 steps"),
-])  # fmt: skip
-def test_other_kinds_of_tokenizer_json_are_refused(gpt2_like, tmp_path, path, value, message):
-    content = json.loads(gpt2_like[0].read_text())
-    change(content, path, value)
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        import_tokenizer_json(tmp_path / "t.json")
-
-
-def test_ids_that_do_not_follow_the_merges_are_refused(gpt2_like, tmp_path):
-    content = json.loads(gpt2_like[0].read_text())
-    merges = content["model"]["merges"]
-    merges[5], merges[6] = merges[6], merges[5]  # their merging order, our ids: other tokens, silently
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="do not follow the order of its merges"):
-        import_tokenizer_json(tmp_path / "t.json")
-    for text in ("", "[]", "null", "{"):
-        (tmp_path / "t.json").write_text(text)
-        with pytest.raises(ValueError, match="t.json is"):
-            import_tokenizer_json(tmp_path / "t.json")
-
-
-def test_older_tokenizer_json_files_are_read_too(gpt2_like, tmp_path):
-    content = json.loads(gpt2_like[0].read_text())
-    del content["pre_tokenizer"]["use_regex"]
-    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    assert same(import_tokenizer_json(tmp_path / "t.json"), import_tokenizer_json(gpt2_like[0]))
-
-
-def test_what_a_tokenizer_json_cannot_say_is_not_exported(tmp_path):
-    for vocabulary, message in (
-        (BPE(r"\d{1,2}+|\D", [], {}), "means something else"),
-        (BPE("gpt4", [], {"a": 256}), "spelled like an ordinary one"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            export_tokenizer_json(vocabulary, tmp_path / "t.json")
-    assert not os.listdir(tmp_path)
-
-
-# --- the command -------------------------------------------------------------------------------------------------
-
-
-def run(*command: object, input: bytes = b"") -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, input=input, env=environment
-    )
-
-
-@pytest.fixture
-def command(capfdbinary, monkeypatch):
-    """bpe.py's command in this process, as its last lines run it."""
-
-    def call(*options: object, input: bytes = b"") -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", ["bpe.py", *map(str, options)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
-        code = 0
-        try:
-            cli.run(bpe.main)
-        except SystemExit as stopped:
-            code = stopped.code
-        return subprocess.CompletedProcess(sys.argv, code, *capfdbinary.readouterr())
-
-    return call
-
-
-def refused(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 1 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done.stderr
-    assert not done.stdout
-    return done.stderr.decode()
-
-
-def test_the_command_trains_encodes_and_decodes(tmp_path):
-    (tmp_path / "a.txt").write_text(PROSE)
-    done = run("bpe.py", "train", "--input", tmp_path / "a.txt", "--vocab_size", "500", "--output", tmp_path / "a.bpe")
-    assert done.returncode == 0 and not done.stderr and b"a.bpe: 500 ids" in done.stdout
-    assert same(BPE.load(tmp_path / "a.bpe"), train([PROSE], 500))
-    text = "naïve café, 世界 <|endoftext|>\r\n  def f(): pass\n"
-    ids = run("bpe.py", "encode", tmp_path / "a.bpe", input=text.encode())
-    assert list(map(int, ids.stdout.split())) == BPE.load(tmp_path / "a.bpe").encode(text)
-    assert run("bpe.py", "decode", tmp_path / "a.bpe", input=ids.stdout).stdout == text.encode()
-    wrong = run("bpe.py", "decode", tmp_path / "a.bpe", input=b"500")
-    assert "500 is no token id of this vocabulary of 500" in refused(wrong)
-
-
-def test_several_files_and_standard_input_are_read(command, tmp_path):
-    (tmp_path / "a.txt").write_text(PROSE[:5000])
-    options = ["--vocab_size", 400, "--pattern", "digits", "--max_token_length", 4]
-    done = command(
-        "train", "--input", tmp_path / "a.txt", "-", "--output", tmp_path / "a.bpe", *options, input=PROSE.encode()
-    )
-    assert done.returncode == 0
-    expected = train([PROSE[:5000], PROSE], 400, "digits", max_token_length=4)
-    assert same(BPE.load(tmp_path / "a.bpe"), expected)
-    (tmp_path / "ids").write_text("104 105 255")
-    assert command("decode", tmp_path / "a.bpe", "--input", tmp_path / "ids").stdout == b"hi\xff"
-
-
-@pytest.mark.parametrize("block", [1, 3, 10, 1000])
-def test_files_are_read_in_blocks_that_lose_nothing(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe, "TASK", block)
-    for text in FIXTURES.values():
-        (tmp_path / "a.txt").write_bytes(text.encode())
-        assert "".join(bpe.read_texts([str(tmp_path / "a.txt")])) == text
-        for pattern in PATTERNS:
-            blocks = bpe.read_texts([str(tmp_path / "a.txt")])
-            assert count_chunks(blocks, pattern, workers=1) == Counter(splitter(pattern)(text))
-
-
-def test_explain_prints_the_textbook_example(command):
-    words = b"low low low low low lower lower newest newest newest newest newest newest widest widest widest"
-    done = command("train", "--explain", "--input", "-", "--vocab_size", "262", input=words)
-    lines = done.stdout.decode().splitlines()
-    assert done.returncode == 0 and len(lines) == 7 and lines[0].startswith("words: l o w x1, l o w x4, l o w e r x2")
-    # `we` and `es` and `st` occur 8, 9 and 9 times: of the last two, e < s decides, then s < t
-    assert lines[1].startswith("256: 'e' + 's', 9 times → 'es'")
-    assert lines[2].startswith("257: 'es' + 't', 9 times → 'est'") and "n e w est x6" in lines[2]
-    merges = learn_merges({c.encode(): n for c, n in count_chunks([words.decode()], "gpt4").items()}, 6)
-    assert [re.search(r", (\d+) times", line)[1] for line in lines[1:]] == [str(count) for *_, count in merges]
-
-
-def test_info_shows_what_is_in_a_vocabulary(command, tmp_path, monkeypatch):
-    for variable in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there: no download
-    for variable in ("NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    vocabulary = train([PROSE], 500, "gpt2")
-    vocabulary.save(tmp_path / "a.bpe")
-    (tmp_path / "a.txt").write_text(PROSE)
-    done = command("info", tmp_path / "a.bpe", "--input", tmp_path / "a.txt")
-    shown = done.stdout.decode()
-    assert done.returncode == 0 and "500 ids: 256 bytes, 239 merges, 5 special tokens" in shown
-    size = len(PROSE.encode())
-    assert f"{size:,} bytes: {size / len(vocabulary.encode(PROSE)):.3f}, gpt2 is not here" in shown
-    first = next(iter(list(vocabulary.ranks)[256:]))
-    assert f"first merges: {bpe.shown(first)}" in shown and EOT in shown and "pattern gpt2" in shown
-    assert "bytes per token" not in command("info", tmp_path / "a.bpe").stdout.decode()
-
-
-def test_a_mistake_is_one_clear_line(command, tmp_path):
-    vocabulary, text, bad = tmp_path / "a.bpe", tmp_path / "a.txt", tmp_path / "bad"
-    train(["a b"], 261).save(vocabulary)
-    text.write_text("some text, some text")
-    bad.write_bytes(b"ab\xff\xfe\x00{")
-    output = ("--output", tmp_path / "x.bpe")
-    for options, message in (
-        (("train", "--input", tmp_path / "none", *output), "cannot read"),
-        (("train", "--input", tmp_path, *output), "cannot read"),
-        (("train", "--input", bad, *output), "bad is not UTF-8 text"),
-        (("train", "--input", "-", *output), "no text to learn from"),
-        (("train", "--input", text), "--output is missing"),
-        (("train", "--input", text, "--output", tmp_path / "none" / "x.bpe"), "is no folder"),
-        (("train", "--input", text, *output, "--vocab_size", 100), "too small"),
-        (("train", "--input", text, *output, "--pattern", "(a"), "neither one of"),
-        (("train", "--input", text, *output, "--max_token_length", 0), "at least 1"),
-        (("encode", tmp_path / "none"), "cannot read"),
-        (("encode", bad), "bad is damaged"),
-        (("encode", text), "a.txt is damaged"),
-        (("encode", vocabulary, "--input", bad), "not UTF-8"),
-        (("decode", vocabulary, "--input", text), "'some' is no token id"),
-        (("decode", vocabulary, "--input", bad), "not UTF-8"),
-        (("info", bad), "bad is damaged"),
-        (("info", vocabulary, "--input", tmp_path / "none"), "cannot read"),
-    ):
-        assert message in refused(command(*options)), options
-    for numbers in (b"-1", b"1e3", b"9" * 5000, "²".encode(), b"999"):
-        refused(command("decode", vocabulary, input=numbers))
-    assert sorted(os.listdir(tmp_path)) == ["a.bpe", "a.txt", "bad"]
-
-
-def test_the_tokenizer_json_command(vocabularies, tmp_path):
-    vocabularies["gpt4"].save(tmp_path / "a.bpe")
-    for kind, source, target in (("export", "a.bpe", "t.json"), ("import", "t.json", "b.bpe")):
-        done = run("-m", "common.tokenizer_json", kind, tmp_path / source, tmp_path / target)
-        assert done.returncode == 0, done.stderr
-    assert same(BPE.load(tmp_path / "b.bpe"), vocabularies["gpt4"])
-    assert "usage: " in refused(run("-m", "common.tokenizer_json", "convert"))
