@@ -57,7 +57,7 @@ class Learner:
         key = self.pair_key(self.symbol[lefts], self.symbol[self.after[lefts]])
         order = np.argsort(key)
         key, lefts = key[order], lefts[order]
-        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        starts = starts_of(key)
         pairs, places = self.pairs + len(starts), self.places + len(lefts)
         self.key, self.count, self.first = (grown(a, pairs + 1) for a in (self.key, self.count, self.first))
         self.place = grown(self.place, places)
@@ -116,18 +116,21 @@ class Learner:
         pairs, left, right = np.array(batch).T
         count = self.count[pairs]
         # Where the pairs are now: p the place of the left symbol, q of the right one, j which pair of the batch
+        first, last = self.first[pairs].tolist(), self.first[pairs + 1].tolist()
         sizes = self.first[pairs + 1] - self.first[pairs]
-        j = np.repeat(np.arange(len(pairs)), sizes)
-        p = self.place[np.arange(len(j)) + np.repeat(self.first[pairs] - np.cumsum(sizes) + sizes, sizes)]
-        q = self.after[p]
-        current = (self.symbol[p] == left[j]) & (self.symbol[q] == right[j])
-        p, q, j = p[current], q[current], j[current]
+        p = np.concatenate([self.place[a:b] for a, b in zip(first, last, strict=True)]).astype(np.intp)
+        q = self.after[p].astype(np.intp)
+        current = self.symbol[p] == np.repeat(left.astype(np.int32), sizes)
+        current &= self.symbol[q] == np.repeat(right.astype(np.int32), sizes)
+        current = np.flatnonzero(current)
+        p, q, j = p[current], q[current], np.repeat(np.arange(len(pairs)), sizes)[current]
         taken = np.ones(len(p), bool)
         if (left == right).any():  # aaaa is three pairs aa, of which two merge: every second one of a run
-            order = np.lexsort((p, j))
-            p, q, j = p[order], q[order], j[order]
-            index, runs_on = np.arange(len(p)), np.append(False, (p[1:] == q[:-1]) & (j[1:] == j[:-1]))
-            taken = (index - np.maximum.accumulate(np.where(runs_on, 0, index))) % 2 == 0
+            twins = np.flatnonzero((left == right)[j])
+            twins = twins[np.lexsort((p[twins], j[twins]))]
+            index = np.arange(len(twins))
+            runs_on = np.append(False, (p[twins[1:]] == q[twins[:-1]]) & (j[twins[1:]] == j[twins[:-1]]))
+            taken[twins] = (index - np.maximum.accumulate(np.where(runs_on, 0, index))) % 2 == 0
         put_off, threat = self.clashes(p, q, j, taken, len(batch))
         mine = taken & ~put_off[j]
         p, q, j = p[mine], q[mine], j[mine]
@@ -157,7 +160,7 @@ class Learner:
         meet = np.flatnonzero((other >= 0) & (other != j))
         if len(meet):
             low, high = np.minimum(other[meet], j[meet]), np.maximum(other[meet], j[meet])
-            for edge in np.unique(high.astype(np.int64) * size + low).tolist():  # by the later one of the two
+            for edge in np.unique((high * size + low).astype(np.int32)).tolist():  # by the later one of the two
                 if not put_off[edge % size]:
                     put_off[edge // size] = True
             merged, late = taken & ~put_off[j], put_off[j]
@@ -180,7 +183,8 @@ class Learner:
         weight = np.concatenate([self.weight[p][at > 0] for at, _ in beside])
         if len(key):
             order = np.argsort(key)
-            key, starts = key[order], np.flatnonzero(np.diff(key[order], prepend=-1))
+            key = key[order]
+            starts = starts_of(key)
             np.maximum.at(highest, key[starts] >> 33, np.add.reduceat(weight[order], starts))
 
     def replace(self, p: ndarray, q: ndarray, j: ndarray) -> None:
@@ -198,6 +202,11 @@ class Learner:
         self.after[p] = after
         self.before[after[on_right]] = p[on_right]
         self.add_pairs(np.concatenate((before[on_left], p[on_right])))
+
+
+def starts_of(sorted_keys: ndarray) -> ndarray:
+    """Where each run of equal keys begins."""
+    return np.flatnonzero(np.concatenate(([True], sorted_keys[1:] != sorted_keys[:-1]))[: len(sorted_keys)])
 
 
 def grown(array: ndarray, size: int) -> ndarray:
