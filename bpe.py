@@ -208,12 +208,17 @@ def check_text(text: str) -> None:
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
     """Write the file so that it is there whole or not at all."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path = Path(os.path.realpath(path))  # through a link, not over it
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, a folder of that name, Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: str | os.PathLike) -> object:
@@ -334,6 +339,8 @@ def main() -> None:
             raise ValueError("--output is missing: the file to write the vocabulary to")
         if not (folder := Path(arguments.output).parent).is_dir():  # before an hour of learning, not after it
             raise ValueError(f"--output={arguments.output}: {folder} is no folder")
+        if Path(arguments.output).is_dir():
+            raise ValueError(f"--output={arguments.output} is a folder: give the name of a file in it")
         bpe = train(read_texts(arguments.input, arguments.pattern), arguments.vocab_size, arguments.pattern,
                     max_token_length=arguments.max_token_length, progress=True)  # fmt: skip
         bpe.save(arguments.output)

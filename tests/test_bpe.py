@@ -371,3 +371,16 @@ def test_a_missing_file_and_a_future_version_are_told(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this code reads 1"):
         BPE.load(tmp_path / "a.bpe")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        bpe.write_whole(tmp_path / "taken", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    bpe.write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "text\n"

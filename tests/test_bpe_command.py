@@ -129,6 +129,7 @@ def test_a_mistake_is_one_clear_line(command, tmp_path):
         (("train", "--input", "-", *output), "no text to learn from"),
         (("train", "--input", text), "--output is missing"),
         (("train", "--input", text, "--output", tmp_path / "none" / "x.bpe"), "is no folder"),
+        (("train", "--input", text, "--output", tmp_path), "is a folder"),
         (("train", "--input", text, *output, "--vocab_size", 100), "too small"),
         (("train", "--input", text, *output, "--pattern", "(a"), "neither one of"),
         (("train", "--input", text, *output, "--max_token_length", 0), "at least 1"),
