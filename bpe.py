@@ -207,7 +207,10 @@ def check_text(text: str) -> None:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write the file so that it is there whole or not at all."""
+    """Write the file so that it is there whole or not at all; a pipe or a device is written to, never replaced."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        Path(path).write_text(text + "\n", encoding="utf-8")
+        return
     path = Path(os.path.realpath(path))  # through a link, not over it
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -384,3 +385,11 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     bpe.write_whole(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "text\n"
+
+
+def test_saving_to_a_pipe_writes_to_it_and_leaves_it_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        text = reader.submit((tmp_path / "pipe").read_text)
+        bpe.write_whole(tmp_path / "pipe", "text")
+        assert text.result() == "text\n" and (tmp_path / "pipe").is_fifo()
