@@ -4,12 +4,13 @@ Notable:
 - one modern default (RoPE, RMSNorm, QK-norm, SwiGLU, no biases: the Qwen3 shape), the classic parts one option away;
 - attention twice behind one function: the textbook softmax written out, and PyTorch's fused kernel; they agree;
 - one mask function for causal, padded, packed and unmasked attention;
-- a KV cache in which every row of the batch has its own length;
+- a KV cache in which every row of the batch has its own length, and beams may share a row;
 - nothing here knows about files, devices, processes or tokenizers.
 
 Shapes: B batch, T time (queries), S time (keys), C = n_embd, H heads, K key/value heads, D = head_dim, V vocabulary.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE = -100  # a target with this value is not counted in the loss
+NOWHERE = 1 << 40  # the position of a cache's empty slot: behind every query, so that none sees it
 
 
 @dataclass
@@ -126,26 +128,28 @@ def alibi_slopes(n_head: int) -> Tensor:
 
 
 def attention_mask(
-    T: int, S: int, *, causal: bool = True, slots: Tensor | None = None, padding: Tensor | None = None,
-    documents: Tensor | None = None, device: torch.device | None = None,
+    T: int, S: int, *, causal: bool = True, positions: Tensor | None = None, key_positions: Tensor | None = None,
+    padding: Tensor | None = None, documents: Tensor | None = None, device: torch.device | None = None,
 ) -> Tensor | str | None:  # fmt: skip
     """Who may look at whom: query i at key j, for every way of masking.
 
-    causal: only at j <= i. slots: (B, T) the columns where the queries stand; by default the last T of the S.
+    causal: only at keys that stand no further than itself. positions (B, T), key_positions (B, S): where queries and
+    keys stand; by default the keys at 0…S-1 and the queries at the last T of these.
     padding: (B, S) True where a key is a real token. documents: (B, T) numbers; a packed row's tokens see only
     those with their own number (T = S).
     Returns None when everything is visible, "causal" when that is the whole truth (the kernel then needs no mask),
     else booleans (B or 1, 1, T, S), True = visible.
     """
     if padding is None and documents is None:
-        if not causal or (slots is None and T == 1):
+        if not causal or (positions is None and T == 1):
             return None
-        if slots is None and T == S:
+        if positions is None and T == S:
             return "causal"
     mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
     if causal:
-        i = torch.arange(S - T, S, device=device) if slots is None else slots
-        mask = torch.arange(S, device=device) <= i.view(-1, T, 1)
+        i = torch.arange(S - T, S, device=device) if positions is None else positions
+        j = torch.arange(S, device=device) if key_positions is None else key_positions
+        mask = j.view(-1, 1, S) <= i.view(-1, T, 1)
     if padding is not None:
         mask = mask & padding[:, None, :]
     if documents is not None:
@@ -163,8 +167,14 @@ def attention(
     A query that may look at nothing gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
     "flash" fuses it, and never holds them. Returns (B, H, T, D).
     """
-    if k.size(1) != q.size(1):  # grouped-query attention [Ainslie et al. 2023]
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    B, H, T, D = q.shape
+    G = H // k.size(1)  # grouped-query attention [Ainslie et al. 2023]
+    if G > 1 and T == k.size(2):
+        k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
+    elif G > 1:  # decoding: a group's queries are asked as if of one head, rather than to copy all keys for each
+        q = q.reshape(B, H // G, G * T, D)
+        if isinstance(mask, Tensor):
+            mask = mask.expand(B, H, T, k.size(2)).reshape(B, H // G, G * T, k.size(2))
     dead = None
     if isinstance(mask, Tensor):
         # A softmax over nothing is 0/0. Such a row is let look anywhere, and what it saw is taken away below.
@@ -182,51 +192,98 @@ def attention(
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
-    return y if dead is None else y.masked_fill(dead, 0)
+    y = y if dead is None else y.masked_fill(dead, 0)
+    return y.reshape(B, H, T, D)
 
 
 class KVCache:
     """Keys and values of the tokens read so far, for every layer: two tensors (n_layer, B, K, max_length, D).
 
-    Row b's first `lengths[b]` slots are real. Prompts of different lengths are read as one right-padded batch: the
-    padding lands in slots that no query of that row can see, and that its next tokens overwrite.
+    A token takes the next slot, and `positions` (B, max_length) says where in its row's text it stands: a query sees
+    the slots that stand no further than itself. Prompts of different lengths are read as one right-padded batch; the
+    slots of their padding stand NOWHERE, and no query sees them.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.block_size = config.block_size
+        self.positions = torch.full((batch_size, max_length), NOWHERE, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # of each row's text
         self.longest = 0  # = lengths.max(), known without asking the device
-        self.ragged = False  # do the lengths differ?
+        self.used = 0  # slots taken
+        self.padded = False  # does one of them stand NOWHERE?
+        self.slots: slice | Tensor = slice(0)  # those of the tokens now being read
+        self.frozen = False
 
-    def slots(self, T: int) -> Tensor:
-        """The slots (B, T) that the next T tokens of each row will take."""
-        if self.longest + T > self.k.size(3):
-            raise ValueError(f"the cache holds {self.k.size(3)} tokens: {self.longest} are in, {T} more do not fit")
-        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+    def freeze(self) -> None:
+        """From now on give every token the same shapes and addresses, as compilers and CUDA graphs want them.
 
-    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of one layer; return all there is of it, (B, K, S, D)."""
-        T = k.size(2)
+        Attention then runs over all max_length slots, and nobody checks that a new token finds room.
+        """
+        self.frozen, self.slots = True, torch.tensor([self.used - 1], device=self.k.device)
+
+    def place(self, T: int, positions: Tensor | None = None) -> Tensor:
+        """Take the next T slots (1, if frozen); returns where their tokens stand, (B, T), by default next."""
+        if self.frozen:
+            self.slots += 1
+        else:
+            if positions is None and self.longest + T > self.block_size:
+                raise ValueError(f"{self.longest + T} tokens do not fit into block_size={self.block_size}; pass fewer")
+            if self.used + T > (room := self.k.size(3)):
+                raise ValueError(f"the cache holds {room} tokens: {self.used} are in, {T} more do not fit")
+            self.slots = slice(self.used, self.used + T)
+            self.used += T
+        if positions is None:
+            positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        self.positions[:, self.slots] = positions
+        return positions
+
+    def key_positions(self) -> Tensor:
+        """Where the tokens of all slots taken so far stand, (B, S)."""
+        return self.positions if self.frozen else self.positions[:, : self.used]
+
+    def mask(self, positions: Tensor) -> Tensor | str | None:
+        """Which of the S slots each of the T tokens just placed sees: everything in its row that stands before it."""
+        T, keys = positions.size(1), self.key_positions()
+        # One token after a past of even length sees all of it; an empty cache is plain causal attention.
+        if not self.padded and not self.frozen and T in (1, self.used):
+            return attention_mask(T, self.used)
+        return attention_mask(T, keys.size(1), positions=positions, key_positions=keys)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of one layer in the slots just taken; return all there is of it, (B, K, S, D)."""
+        S = self.key_positions().size(1)
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.ragged:
-                rows = torch.arange(new.size(0), device=new.device)[:, None]
-                store[rows, :, slots] = new.transpose(1, 2).to(store.dtype)
-            else:
-                store[:, :, self.longest : self.longest + T] = new
-        S = self.longest + T
+            store[:, :, self.slots] = new.to(store.dtype)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
     def advance(self, T: int, lengths: list[int] | None = None) -> None:
-        """Count the T tokens just read as real, or only the first lengths[b] of them in row b."""
+        """Count the T tokens just placed as real, or only the first lengths[b] of them in row b."""
         if lengths is None:
             self.lengths += T
-            self.longest += T
+            self.longest += 0 if self.frozen else T
         else:
-            self.lengths += torch.tensor(lengths, device=self.lengths.device)
-            now = self.lengths.tolist()
-            self.longest, self.ragged = max(now), min(now) != max(now)
+            real = torch.tensor(lengths, device=self.lengths.device)
+            beyond = torch.arange(T, device=real.device) >= real[:, None]  # (B, T)
+            self.positions[:, self.slots].masked_fill_(beyond, NOWHERE)
+            self.padded |= min(lengths) < T
+            self.lengths += real
+            self.longest = int(self.lengths.max())
+
+    def regroup(self, rows: Tensor, room: int) -> "KVCache":
+        """A cache whose row b holds this one's rows `rows[b]`, side by side, and `room` slots more.
+
+        rows: (B, n). n = 1 repeats and reorders rows; with n > 1 lengths mean nothing, and `visible` must be given.
+        """
+        new = copy.copy(self)
+        new.k, new.v = (
+            F.pad(x[:, rows, :, : self.used].transpose(2, 3).flatten(3, 4), (0, 0, 0, room)) for x in (self.k, self.v)
+        )
+        new.positions = F.pad(self.positions[rows, : self.used].flatten(1), (0, room), value=NOWHERE)
+        new.lengths, new.used = self.lengths[rows[:, 0]], self.used * rows.size(1)
+        return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +317,7 @@ class Attention(nn.Module):
         self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, mask, cache: KVCache | None, slots: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask, cache: KVCache | None) -> Tensor:
         config = self.config
         B, T, _ = x.shape
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
@@ -269,7 +326,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v, slots)
+            k, v = cache.append(self.layer, k, v)
         y = attention(q, k, v, mask, dropout=config.dropout if self.training else 0.0, kind=config.attention)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
@@ -301,9 +358,26 @@ class Block(nn.Module):
         self.norm_mlp, self.mlp = Norm(config, config.n_embd), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope, mask, cache: KVCache | None, slots: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_attention(x), rope, mask, cache, slots))
+    def forward(self, x: Tensor, rope, mask, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_attention(x), rope, mask, cache))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
+
+
+class Head(nn.Linear):
+    """Logits over the vocabulary; with norm_head only the angle between x and a token's row counts.
+
+    That is NormHead of Baichuan 2 [arXiv 2309.10305, section 2.5].
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, config.vocab_size, bias=False)
+        self.norm_rows = config.norm_head
+
+    def rows(self) -> Tensor:
+        return F.normalize(self.weight, dim=-1) if self.norm_rows else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.rows())
 
 
 class GPT(nn.Module):
@@ -317,7 +391,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = Norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.tok_emb.weight
         self.dropout = nn.Dropout(config.dropout)
@@ -358,47 +432,44 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, positions: Tensor | None = None,
         padding: Tensor | None = None, documents: Tensor | None = None, cache: KVCache | None = None,
-        lengths: list[int] | None = None, last_only: bool = False, target_count: Tensor | int | None = None,
+        lengths: list[int] | None = None, visible: Tensor | None = None, last_only: bool = False,
+        target_count: Tensor | int | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Logits (B, T, V) for idx (B, T), and the mean loss over targets (B, T) that are not IGNORE.
 
         positions: (B, T) or (T,), where 0, 1, 2… from each row's start will not do (packing). padding, documents:
         see `attention_mask`. cache: read idx as the continuation of what it holds, and add it; lengths: then, how many
-        tokens of each right-padded row are real. last_only: logits of each row's last real token only, (B, 1, V).
+        tokens of each right-padded row are real. visible: (B, T, S) which of the cache's slots, the T new ones
+        included, each token sees, if not simply its row's past (beams that share a row); then positions, below
+        block_size, must be given too. last_only: logits of each row's last real token only, (B, 1, V).
         target_count: divide the summed loss by this instead of by the number of counted targets (a step's micro-batches
         then add up to one mean). ValueError: more tokens than block_size, or than the cache can hold.
         """
         B, T = idx.shape
-        slots = None
+        keys, counted = None, positions is None
         if cache is None:
-            S = T
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}; pass fewer")
             causal = self.config.causal
-            mask = attention_mask(T, S, causal=causal, padding=padding, documents=documents, device=idx.device)
+            mask = attention_mask(T, T, causal=causal, padding=padding, documents=documents, device=idx.device)
         else:
             if not self.config.causal or padding is not None or documents is not None:
                 raise ValueError("a cache needs causal=True, and lengths in the place of padding and documents")
-            S = cache.longest + T
-            slots = cache.slots(T)
-            # One token after a past of even length sees all of it; an empty cache is plain causal attention.
-            even = not cache.ragged and (T == 1 or cache.longest == 0)
-            mask = attention_mask(T, S, slots=None if even else slots, device=idx.device)
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit into block_size={self.config.block_size}; pass fewer")
-        if positions is None:
-            positions = slots
-        x, rope, mask = self.embed(idx, positions, mask, slots, S)
+            positions = cache.place(T, positions)
+            keys = cache.key_positions()
+            mask = cache.mask(positions) if visible is None else visible.unsqueeze(1)
+        x, rope, mask = self.embed(idx, positions, mask, keys)
         for block in self.blocks:
-            x = block(x, rope, mask, cache, slots)
-        if cache is not None:
+            x = block(x, rope, mask, cache)
+        if cache is not None and counted:
             cache.advance(T, lengths)
         if last_only:
             last = torch.full((B,), T - 1) if lengths is None else torch.tensor(lengths) - 1
             x = x[torch.arange(B), last].unsqueeze(1)
-        weight = self.head.weight  # NormHead: only the angle to x counts [Baichuan 2, arXiv 2309.10305, section 2.5]
-        logits = F.linear(self.norm(x), F.normalize(weight, dim=-1) if self.config.norm_head else weight)
+        logits = self.head(self.norm(x))
         return logits, None if targets is None else self.loss(logits, targets, target_count)
 
-    def embed(self, idx: Tensor, positions: Tensor | None, mask, slots: Tensor | None, S: int):
+    def embed(self, idx: Tensor, positions: Tensor | None, mask, keys: Tensor | None):
         """Where position enters, scheme by scheme: returns x (B, T, C), RoPE's (cos, sin) or None, and the mask."""
         T, kind = idx.size(1), self.config.position
         at = slice(T) if positions is None else positions
@@ -411,11 +482,12 @@ class GPT(nn.Module):
             rope = tuple(table[at] if positions is None or positions.dim() == 1 else table[at].unsqueeze(1)
                          for table in (self.cos, self.sin))  # fmt: skip
         elif kind == "alibi":  # no positions: M falls by the head's slope per token of distance
-            i = torch.arange(S - T, S, device=idx.device) if slots is None else slots
-            distance = (i.view(-1, 1, T, 1) - torch.arange(S, device=idx.device)).abs()
+            j = torch.arange(T, device=idx.device) if keys is None else keys
+            i = j if keys is None else positions
+            distance = (i.view(-1, 1, T, 1) - j.view(-1, 1, 1, j.size(-1))).abs()
             bias = -self.slopes.view(-1, 1, 1) * distance  # (B or 1, H, T, S)
             if isinstance(mask, str):
-                mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril()
+                mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         return self.dropout(x), rope, mask
 

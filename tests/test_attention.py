@@ -118,19 +118,19 @@ def test_attention_dropout_drops_that_share_of_the_weights_and_scales_up_the_res
     assert_close(dropped[kept], weights[kept] / 0.7, 1e-6)
 
 
-SLOTS = torch.tensor([[2, 3], [0, 1], [5, 6]])
+PLACES = torch.tensor([[2, 3], [0, 1], [5, 6]])
 PACKED = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3] * 7, [0, 1, 0, 1, 0, 1, 1]])
 
 
 @pytest.mark.parametrize(
-    "T, slots, documents",
-    [(7, None, None), (7, None, PACKED), (3, None, None), (1, None, None), (2, SLOTS, None), (1, SLOTS[:, :1], None)],
+    "T, positions, documents",
+    [(7, None, None), (7, None, PACKED), (3, None, None), (1, None, None), (2, PLACES, None), (1, PLACES[:, :1], None)],
     ids=["all", "packed", "chunk", "one", "ragged chunk", "ragged one"],
 )
 @pytest.mark.parametrize("padding", [None, torch.arange(7) < torch.tensor([[7], [3], [5]])], ids=["", "padded"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, slots, documents):
-    mask = attention_mask(T, 7, causal=causal, slots=slots, padding=padding, documents=documents)
+def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, positions, documents):
+    mask = attention_mask(T, 7, causal=causal, positions=positions, padding=padding, documents=documents)
     if mask is None:
         mask = torch.ones(1, 1, T, 7, dtype=torch.bool)
     elif isinstance(mask, str):
@@ -138,7 +138,7 @@ def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, slots, 
         mask = torch.ones(1, 1, T, 7, dtype=torch.bool).tril()
     mask = mask.expand(3, 1, T, 7)
     for b, t, j in product(range(3), range(T), range(7)):
-        i = 7 - T + t if slots is None else slots[b, t]
+        i = 7 - T + t if positions is None else positions[b, t]
         visible = not causal or j <= i
         visible &= padding is None or bool(padding[b, j])
         visible &= documents is None or bool(documents[b, i] == documents[b, j])
@@ -354,7 +354,7 @@ def test_alibi_slopes_are_those_of_the_paper():
 @pytest.mark.parametrize("causal", [True, False])
 def test_alibi_lowers_scores_by_the_slope_per_token_of_distance(tiny_gpt, causal):
     model = tiny_gpt(position="alibi", causal=causal)
-    _, rope, bias = model.embed(tokens(2, 5), None, "causal" if causal else None, None, 5)
+    _, rope, bias = model.embed(tokens(2, 5), None, "causal" if causal else None, None)
     assert rope is None
     for h, i, j in product(range(4), range(5), range(5)):
         expected = -torch.inf if causal and j > i else -(2.0 ** (-2 * (h + 1))) * abs(i - j)
@@ -367,15 +367,15 @@ def test_sinusoidal_positions_follow_the_formula(tiny_gpt):
         angle = t / 10000 ** (2 * i / 16)
         assert abs(table[t, 2 * i] - math.sin(angle)) < 1e-6 and abs(table[t, 2 * i + 1] - math.cos(angle)) < 1e-6
     model, idx = tiny_gpt(position="sinusoidal"), tokens(2, 9)
-    x, _, _ = model.embed(idx, None, "causal", None, 9)
+    x, _, _ = model.embed(idx, None, "causal", None)
     assert_close(x, model.tok_emb(idx) * 4 + table[:9].double())
 
 
 def test_learned_positions_are_a_lookup(tiny_gpt):
     model, idx, positions = tiny_gpt(position="learned"), tokens(2, 9), tokens(2, 9, seed=5) % 16
-    x, _, _ = model.embed(idx, None, "causal", None, 9)
+    x, _, _ = model.embed(idx, None, "causal", None)
     assert_close(x, model.tok_emb.weight[idx] + model.pos_emb.weight[:9])
-    x, _, _ = model.embed(idx, positions, "causal", None, 9)
+    x, _, _ = model.embed(idx, positions, "causal", None)
     assert_close(x, model.tok_emb.weight[idx] + model.pos_emb.weight[positions])
 
 
