@@ -240,6 +240,11 @@ class KVCache:
         self.positions[:, self.slots] = positions
         return positions
 
+    def rewind(self) -> None:
+        """Forget the last token of each row of a frozen cache: the next one takes its slot."""
+        self.slots -= 1
+        self.lengths -= 1
+
     def key_positions(self) -> Tensor:
         """Where the tokens of all slots taken so far stand, (B, S)."""
         return self.positions if self.frozen else self.positions[:, : self.used]

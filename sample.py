@@ -1,32 +1,37 @@
-"""Text from a trained model: greedy, or drawn at random with temperature, top-k and top-p.
+"""Text from a trained model: greedy, drawn at random, or by beam search; a conversation; the likelihood of a text.
 
     python sample.py --out_dir=out/pydocs --prompt="os.path"
+    python sample.py --num_beams=4 --num_samples=2 --prompt="os.path"
+    python sample.py --chat
+    python sample.py --score=book.txt
 
-Notable: the prompt is read once and every further token costs one step through the KV cache; prompts of different
-lengths share a batch; row i's random numbers come from seed + i alone, so that its text does not depend on what else is
-in the batch. When the context is full, its older half is dropped and the newer half read again (`context_start`).
+How tokens are found is in common/decode.py and common/beam.py; here they become text.
 """
 
+import json
+import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from common import cli
+from common.beam import Hypothesis, beam_search
 from common.checkpoint import load_model
 from common.config import build, help_text, read_arguments
+from common.decode import Token, generate, log_likelihood, stream
 from common.device import DTYPES, pick_device, pick_dtype
+from common.fast import speed_up
 from common.tokenizer import Tokenizer
-from model import GPT, KVCache
+from model import GPT
+
+__all__ = ["Hypothesis", "beam_search", "generate", "stream"]
 
 USAGE = """usage: python sample.py [--key=value ...]
 
 Prints text from a trained model as it is made. Text may grow longer than the model's block_size: when the context is
 full, its older half is forgotten and the newer half read again."""
+
+CHAT_HELP = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C stops an answer"
 
 
 @dataclass
@@ -39,130 +44,280 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 bolder, above 1 wilder; 0 = greedy, always the most likely token
     top_k: int = 0  # draw among the k most likely tokens only; 0 = all
     top_p: float = 1.0  # draw among the fewest most likely tokens that together reach this probability
+    min_p: float = 0.0  # draw among tokens at least this many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens that are there already become less likely
+    num_beams: int = 1  # above 1: beam search, for the likeliest text; num_samples of them are shown
+    length_penalty: float = 1.0  # beams are compared by log-probability / length^this; 0 favours short ones
+    stop: str = ""  # end before this string, or before any of a JSON list of strings
     seed: int = 1337  # the same seed gives the same text
+    chat: bool = False  # talk with the model in the terminal
+    json: bool = False  # print a JSON object per text: tokens, log-probabilities, why it ended
+    score: str = ""  # a file: print its log-likelihood and its bits per byte instead of new text
+    quantize: str = "none"  # none | int8: weights as bytes, on a CPU: quicker, a little less exact
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
-        for name, low in {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
+        lowest = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "num_beams": 1}
+        for name, low in lowest.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 to 1, not {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if self.quantize not in ("none", "int8"):
+            raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
+        if self.num_beams > 1:
+            self.check_beams()
+        if self.chat + self.json + bool(self.score) > 1 and not (self.json and self.score):
+            raise ValueError("--chat goes with neither --json nor --score")
+        self.stops()
+
+    def check_beams(self) -> None:
+        """ValueError for what beam search has no use for."""
+        for name, default in {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "stop": ""}.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is for drawing tokens one by one: beam search (num_beams) does not use it")
+        if self.num_samples > self.num_beams:
+            raise ValueError(f"num_samples={self.num_samples} texts cannot come from num_beams={self.num_beams}")
+        if self.chat:
+            raise ValueError("--chat shows tokens as they come, beam search (num_beams) finds them at the end")
+
+    def stops(self) -> list[str]:
+        """The stop strings. ValueError for a JSON list of anything but strings that are not empty."""
+        if not self.stop.startswith("["):
+            return [self.stop] if self.stop else []
+        try:
+            stops = json.loads(self.stop)
+        except ValueError:
+            return [self.stop]  # a text that happens to begin with a bracket
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError(f"stop must be a string, or a JSON list of strings that are not empty: {self.stop}")
+        return stops
+
+    def drawing(self) -> dict:
+        """The options of `stream` that say how tokens are drawn."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
-def context_start(n: int, block_size: int) -> int:
-    """Index of the first of n tokens that the model still sees.
+# ---------------------------------------------------------------------------------------------------------------------
+# Text from tokens, and tokens from text
 
-    0 until they fill the context; from then on, a whole half of it at a time: the cache survives until the next jump.
+
+class Text:
+    """The text of tokens as they come, up to a stop string.
+
+    Held back: tokens that end within a character, and text that may be the beginning of a stop string. So a stop
+    string is found wherever it begins and ends, and never shown in part.
     """
-    half = max(1, block_size // 2)
-    return -(-max(0, n - block_size) // half) * half
 
+    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text, self.held, self.stopped = "", "", False
+        self.pending: list[int] = []
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One token per row, (B,), from logits (B, V) and one number in [0, 1) per row, (B,).
+    def add(self, token: int) -> str:
+        """The text that is certain now, and was not before."""
+        self.pending.append(token)
+        piece = self.tokenizer.decode(self.pending)
+        if self.stopped or piece.endswith("\ufffd") and len(self.pending) <= 8:
+            return ""
+        self.pending, held = [], self.held + piece
+        ends = [held.find(stop) for stop in self.stops if stop in held]
+        if ends:
+            self.stopped = True
+            return self.show(held[: min(ends)], "")
+        prefix = max((n for stop in self.stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        return self.show(held[: len(held) - prefix], held[len(held) - prefix :])
 
-    Drawn by inverting the cumulative distribution of softmax(logits / temperature), after keeping the top_k most likely
-    tokens and, of these, the fewest whose renormalised probabilities reach top_p [Holtzman et al. 2020, section 3.1].
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.double() / temperature
-    order = None
-    if 0 < top_k < logits.size(-1):
-        logits, order = logits.topk(top_k)
-    elif top_p < 1:
-        logits, order = logits.sort(descending=True, stable=True)
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        more_likely = probs.cumsum(-1) - probs  # what the tokens before this one reach without it
-        probs = probs.masked_fill(more_likely >= top_p, 0)
-    cumulative = probs.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp(
-        max=probs.size(-1) - 1
-    )
-    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+    def end(self) -> str:
+        """What was held back, as nothing more will come."""
+        return "" if self.stopped else self.show(self.held + self.tokenizer.decode(self.pending), "")
 
-
-@torch.inference_mode()
-def stream(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, eos_id: int | None = None, seed: int = 0, vocab_size: int | None = None,
-) -> Iterator[list[int | None]]:  # fmt: skip
-    """Yield each row's next token, step after step; None for a row that has ended with eos_id.
-
-    prompts: token lists of any lengths of at least 1. Row i draws from the stream of seed + i, whatever the batch.
-    vocab_size: the tokenizer's, where the model's is rounded up; ids from there on are never drawn.
-    """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt must have at least one token")
-    rows, B = [list(prompt) for prompt in prompts], len(prompts)
-    weight, block_size = model.head.weight, model.config.block_size
-    draws = np.stack([np.random.default_rng(seed + i).random(max_new_tokens) for i in range(B)])
-    uniforms = torch.from_numpy(draws).to(weight.device)  # (B, max_new_tokens)
-    capacity = min(block_size, max(map(len, rows)) + max_new_tokens)
-    alive, starts, cache = [True] * B, None, None
-    for step in range(max_new_tokens):
-        now = [context_start(len(row), block_size) for row in rows]
-        if now != starts:  # at first, and whenever a context is full: read what each row still sees
-            starts, windows = now, [row[start:] for row, start in zip(rows, now, strict=True)]
-            lengths = [len(window) for window in windows]
-            padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
-            cache = KVCache(model.config, B, capacity, weight.device, weight.dtype)
-            idx = torch.tensor(padded, device=weight.device)
-            logits, _ = model(idx, cache=cache, lengths=lengths, last_only=True)
-        else:
-            logits, _ = model(torch.tensor([row[-1:] for row in rows], device=weight.device), cache=cache)
-        tokens = choose(logits[:, -1, :vocab_size], uniforms[:, step], temperature, top_k, top_p).tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
-        yield [token if going else None for token, going in zip(tokens, alive, strict=True)]
-        alive = [going and token != eos_id for going, token in zip(alive, tokens, strict=True)]
-        if not any(alive):
-            return
-
-
-def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, eos_id: int | None = None, seed: int = 0, vocab_size: int | None = None,
-) -> list[list[int]]:  # fmt: skip
-    """The new tokens of each prompt, the closing eos_id included; the arguments are those of `stream`."""
-    columns = list(stream(model, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                          eos_id=eos_id, seed=seed, vocab_size=vocab_size))  # fmt: skip
-    return [[column[i] for column in columns if column[i] is not None] for i in range(len(prompts))]
+    def show(self, text: str, held: str) -> str:
+        self.text, self.held = self.text + text, held
+        return text
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt as the beginning of a document: after an end-of-text token where the tokenizer has one."""
     if tokenizer.eot_id is not None:
         return [tokenizer.eot_id, *tokenizer.encode(prompt)]
-    return tokenizer.encode(prompt or "\n")
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except ValueError:
+        if prompt:
+            raise
+        raise ValueError("give a --prompt: this tokenizer has neither an end-of-text token nor a line end") from None
 
 
-def show_text(tokenizer: Tokenizer, tokens: Iterator[int | None]) -> None:
-    """Print tokens as they come, holding back those that end within a character."""
-    pending: list[int] = []
-    for token in tokens:
-        if token is None or token == tokenizer.eot_id:
-            continue
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd") or len(pending) > 8:
-            print(text, end="", flush=True)
-            pending = []
-    print(tokenizer.decode(pending))
+def read_text(path: str, what: str) -> str:
+    """A file's text. ValueError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"cannot read the {what} {path}: {reason}") from None
 
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or the file's text for FILE:path."""
-    if not prompt.startswith("FILE:"):
-        return prompt
+    return read_text(prompt[5:], "prompt file") if prompt.startswith("FILE:") else prompt
+
+
+def note(message: str) -> None:
+    """A line to the user, apart from the text."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: str, prompt: list[int]) -> None:
+    """Draw num_samples texts as one batch, and print them."""
+    texts = [Text(tokenizer, config.stops()) for _ in range(config.num_samples)]
+    rows: list[list[Token]] = [[] for _ in texts]
+    live = not config.json  # is the first text shown as it comes?
+
+    def ends(i: int, token: int) -> bool:
+        new = texts[i].add(token)
+        if i == 0 and live:
+            print(new, end="", flush=True)
+        return texts[i].stopped
+
+    if live:
+        print(text, end="", flush=True)
+    columns = stream(
+        model, [prompt] * config.num_samples, config.max_new_tokens, **config.drawing(), eos_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size, ends=ends,
+    )  # fmt: skip
+    for column in columns:
+        for row, token in zip(rows, column, strict=True):
+            row += [token] if token is not None else []
+    for i, (row, new) in enumerate(zip(rows, texts, strict=True)):
+        rest = new.end()
+        if live:
+            print(rest if i == 0 else f"{'-' * 20}\n{text}{new.text}")
+            continue
+        finish = "stop" if new.stopped else "eos" if row[-1].id == tokenizer.eot_id else "length"
+        write_json(text, new.text, finish, [t.id for t in row], [t.logprob for t in row])
+
+
+def write_beams(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: str, prompt: list[int]) -> None:
+    """Search with num_beams, and print the num_samples best texts with their scores."""
+    (found,) = beam_search(
+        model, [prompt], config.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
+        eos_id=tokenizer.eot_id, num_return=config.num_samples, vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    for rank, beam in enumerate(found, start=1):
+        finish = "eos" if beam.tokens[-1] == tokenizer.eot_id else "length"
+        new = tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
+        if config.json:
+            write_json(text, new, finish, beam.tokens, beam.logprobs, score=beam.score)
+        else:
+            if config.num_samples > 1:
+                counts = f"log-probability {beam.logprob:.4f}, {len(beam.tokens)} tokens"
+                print(f"--- {rank}: score {beam.score:.4f}, {counts}")
+            print(text + new)
+
+
+def write_json(prompt: str, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
+    """One line. finish: eos (the model ended the text), stop (a stop string came) or length (max_new_tokens did)."""
+    line = {"prompt": prompt, "text": text, "finish": finish, **more, "logprob": sum(logprobs)}
+    print(json.dumps(line | {"tokens": tokens, "logprobs": logprobs}, ensure_ascii=False), flush=True)
+
+
+def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Print how likely a file's text is: in nats, and in bits per byte, which compares across tokenizers."""
+    text = read_text(config.score, "text")
+    tokens = prompt_tokens(tokenizer, text)
+    counted = len(text.encode("utf-8", "replace")) - (
+        0 if tokenizer.eot_id is not None else len(tokenizer.decode(tokens[:1]).encode())  # the first token is given
+    )
+    if len(tokens) < 2 or not text:
+        raise ValueError(f"{config.score} holds too little text to score")
+
+    def measure() -> dict:
+        logprob = log_likelihood(model, tokens, tokenizer.vocab_size).double().sum().item()
+        counts = {"tokens": len(tokens) - 1, "bytes": counted, "log_likelihood": logprob}
+        return counts | {"bits_per_byte": -logprob / math.log(2) / counted}
+
+    plain = measure()
+    if config.quantize != "none":
+        speed_up(model, config.quantize)
+        plain |= {f"{config.quantize}_bits_per_byte": measure()["bits_per_byte"]}
+    if config.json:
+        print(json.dumps(plain))
+        return
+    print(f"{config.score}: {plain['tokens']:,} tokens, {counted:,} bytes")
+    per_token = -plain["log_likelihood"] / plain["tokens"]
+    print(f"log-likelihood {plain['log_likelihood']:,.2f} nats ({per_token:.4f} lost per token)")
+    print(f"bits per byte {plain['bits_per_byte']:.4f}")
+    if config.quantize != "none":
+        quantized = plain[f"{config.quantize}_bits_per_byte"]
+        print(f"{config.quantize}: {quantized:.4f} ({quantized - plain['bits_per_byte']:+.4f})")
+
+
+def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Talk in the terminal. A base model knows no roles: what is typed is text, and it goes on with it."""
+    note(f"a base model: it goes on with the text that you type; Enter alone adds a line end. {CHAT_HELP}")
+    said = ""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            note("\n/quit or Ctrl-D leaves")
+            continue
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        elif command == "/reset":
+            said = ""
+        elif command == "/save":
+            save_text(argument.strip(), said)
+        else:
+            text = said + (line or "\n")
+            try:
+                prompt = prompt_tokens(tokenizer, text)
+            except ValueError as error:  # a character that the model has never seen
+                note(f"error: {error}")
+                continue
+            said = text + answer(model, tokenizer, config, prompt)
+
+
+def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: list[int]) -> str:
+    """Print one answer as it comes, and return it; Ctrl-C ends it where it is."""
+    text = Text(tokenizer, config.stops())
+
+    def ends(_: int, token: int) -> bool:
+        print(text.add(token), end="", flush=True)
+        return text.stopped
+
     try:
-        return Path(prompt[5:]).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"cannot read the prompt file {prompt[5:]}: {reason}") from None
+        for _ in stream(model, [prompt], config.max_new_tokens, **config.drawing(), eos_id=tokenizer.eot_id,
+                        vocab_size=tokenizer.vocab_size, ends=ends):  # fmt: skip
+            pass
+    except KeyboardInterrupt:
+        pass
+    print(text.end())
+    return text.text
+
+
+def save_text(path: str, text: str) -> None:
+    """Write the conversation to a file that is not there yet."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text + "\n")
+        note(f"saved to {path}")
+    except OSError as error:
+        note(f"/save FILE: cannot write {path!r}: {error.strerror}")
 
 
 def main() -> None:
@@ -171,28 +326,21 @@ def main() -> None:
         return
     (config,) = build(read_arguments(sys.argv[1:]), SampleConfig)
     device = pick_device(config.device)
+    text = read_prompt(config.prompt)
     model, tokenizer, _ = load_model(config.out_dir, config.checkpoint, device)
     for p in model.parameters():  # not the tables of positions: training has them in float32 too
         p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
-    text = read_prompt(config.prompt)
-    prompts = [prompt_tokens(tokenizer, text)] * config.num_samples
-    columns = stream(
-        model, prompts, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        eos_id=tokenizer.eot_id, seed=config.seed, vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
-    others: list[list[int | None]] = []
-
-    def first_row() -> Iterator[int | None]:
-        for column in columns:
-            others.append(column[1:])
-            yield column[0]
-
-    print(text, end="", flush=True)
-    show_text(tokenizer, first_row())
-    for row in zip(*others, strict=True):
-        print("-" * 20)
-        print(text, end="")
-        show_text(tokenizer, iter(row))
+    if config.score:
+        return write_score(model, tokenizer, config)
+    model = speed_up(model, config.quantize)
+    if config.chat:
+        return chat(model, tokenizer, config)
+    prompt = prompt_tokens(tokenizer, text)
+    if len(prompt) > model.config.block_size:
+        note(f"note: the prompt has {len(prompt)} tokens, and the model sees {model.config.block_size} at most: "
+             "the beginning is not seen")  # fmt: skip
+    write = write_beams if config.num_beams > 1 else write_samples
+    write(model, tokenizer, config, text, prompt)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import types
 import typing
 from pathlib import Path
 
+BARE = "the command line, without a value"  # where a --key came from
+
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}  # fmt: skip
 
@@ -68,13 +70,18 @@ def value_of(node: ast.expr, values: dict[str, object]) -> object:
 
 
 def read_arguments(argv: list[str]) -> dict[str, tuple[object, str]]:
-    """Arguments `[file.py ...] [--key=value ...]` as {key: (value, where it came from)}; the last one wins."""
+    """Arguments `[file.py ...] [--key=value ...]` as {key: (value, where it came from)}; the last one wins.
+
+    A bare --key is --key=True, the last word on a switch.
+    """
     values: dict[str, tuple[object, str]] = {}
-    for argument in argv:
+    for before, argument in zip(["", *argv], argv, strict=False):
         if not argument.startswith("--"):
+            if before.startswith("--") and "=" not in before:
+                raise ValueError(f"{before} {argument}: options are written --key=value, as in {before}={argument}")
             values |= {key: (value, argument) for key, value in read_config_file(argument).items()}
         elif "=" not in argument:
-            raise ValueError(f"{argument}: options are written --key=value, as in {argument.split()[0]}=1")
+            values[argument[2:]] = (True, BARE)
         else:
             key, value = argument[2:].split("=", 1)
             values[key] = (value, "the command line")
@@ -117,6 +124,8 @@ def build(values: dict[str, tuple[object, str]], *classes: type) -> list:
             hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
             raise ValueError(f"unknown key {key!r} in {source}: {hint}")
         kind = fields[key].type
+        if source == BARE and kind is not bool:
+            raise ValueError(f"--{key}: options are written --key=value, as in --{key}={fields[key].default}")
         try:
             converted[key] = convert(value, kind)
         except ValueError:

@@ -1,9 +1,15 @@
 """Whole command lines: what a user types, what comes out, and how mistakes are told."""
 
+import io
+import json
+import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,9 +103,94 @@ def test_a_prompt_can_be_a_file(sample, tmp_path):
     assert sample(f"--prompt=FILE:{tmp_path / 'prompt.txt'}").stdout.startswith("the lazy dog")
 
 
-def test_text_may_be_longer_than_the_context(sample):
+def test_text_and_prompt_may_be_longer_than_the_context(sample):
     done = sample("--prompt=" + "the quick brown fox " * 5, "--max_new_tokens=200")
     assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        "note: the prompt has 101 tokens, and the model sees 16 at most: the beginning is not seen\n"
+    )
+
+
+def test_json_tells_tokens_log_probabilities_and_why_a_text_ended(sample, trained):
+    options = ["--prompt=the ", "--num_samples=3", "--temperature=0.5"]
+    lines = [json.loads(line) for line in sample(*options, "--json").stdout.splitlines()]
+    texts = sample(*options).stdout.split("\n" + "-" * 20 + "\n")
+    assert [line["prompt"] + line["text"] for line in lines] == [text.removesuffix("\n") for text in texts]
+    for line in lines:
+        assert len(line["tokens"]) == len(line["logprobs"]) and max(line["logprobs"]) <= 0
+        assert line["logprob"] == pytest.approx(sum(line["logprobs"]))
+        assert line["finish"] == ("length" if len(line["tokens"]) == 40 else "eos")
+        assert len(line["text"]) == len(line["tokens"]) - (line["finish"] == "eos")
+
+
+def test_a_stop_string_ends_each_text_where_it_comes(sample):
+    options = ["--prompt=the ", "--num_samples=4", "--json"]
+    free = [json.loads(line)["text"] for line in sample(*options).stdout.splitlines()]
+    stopped = [json.loads(line) for line in sample(*options, '--stop=["o", "e "]').stdout.splitlines()]
+    for text, line in zip(free, stopped, strict=True):
+        assert line["text"] == text[: min([len(text), *(text.find(stop) for stop in ("o", "e ") if stop in text)])]
+        assert line["finish"] == "stop" or line["text"] == text
+    assert sample("--prompt=the ", "--stop=o").stdout.count("o") == 0
+
+
+def test_beams_come_best_first_with_their_scores_as_text_and_as_json(sample):
+    options = ["--prompt=the quick", "--num_beams=5", "--num_samples=3"]
+    lines = [json.loads(line) for line in sample(*options, "--json").stdout.splitlines()]
+    scores = [line["score"] for line in lines]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    greedy = json.loads(sample("--prompt=the quick", "--temperature=0", "--json").stdout)
+    assert lines[0]["score"] >= greedy["logprob"] / len(greedy["tokens"])
+    for line in lines:
+        assert line["score"] == pytest.approx(line["logprob"] / len(line["tokens"]))
+    headers = [text for text in sample(*options).stdout.splitlines() if text.startswith("--- ")]
+    assert headers == [
+        f"--- {i}: score {line['score']:.4f}, log-probability {line['logprob']:.4f}, {len(line['tokens'])} tokens"
+        for i, line in enumerate(lines, start=1)
+    ]
+    assert sample("--prompt=the quick", "--num_beams=5").stdout == lines[0]["prompt"] + lines[0]["text"] + "\n"
+
+
+def test_the_score_of_a_text_is_its_likelihood_in_bits_per_byte(sample, tmp_path):
+    (tmp_path / "text").write_text("the lazy dog sleeps and a quick brown fox jumps over the")
+    (tmp_path / "noise").write_text("xzkq wvvb jjx")
+    score = {name: json.loads(sample(f"--score={tmp_path / name}", "--json").stdout) for name in ("text", "noise")}
+    assert score["text"]["tokens"] == score["text"]["bytes"] == 56
+    assert score["text"]["bits_per_byte"] == pytest.approx(-score["text"]["log_likelihood"] / 56 / math.log(2))
+    assert score["text"]["bits_per_byte"] < 4.5 < score["noise"]["bits_per_byte"]
+    shown = sample(f"--score={tmp_path / 'text'}", "--quantize=int8").stdout
+    assert "56 tokens, 56 bytes" in shown and f"bits per byte {score['text']['bits_per_byte']:.4f}" in shown
+    assert re.search(r"int8: \d\.\d{4} \([+-]0\.0", shown)
+
+
+def test_generating_in_bytes_gives_text_too(sample):
+    assert len(sample("--prompt=the", "--quantize=int8").stdout) > 10
+
+
+def test_a_chat_remembers_resets_saves_and_says_what_it_cannot_do(sample, tmp_path, monkeypatch):
+    said = ["the quick", " fox", f"/save {tmp_path / 'a'}", "/reset", "a dog", f"/save {tmp_path / 'b'}",
+            f"/save {tmp_path / 'b'}", "/save", "Ünknown", "", "/quit", "never read"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said)))
+    done = sample("--chat", "--max_new_tokens=12")
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / name).read_text() for name in "ab")
+    assert first.startswith("the quick") and "\n fox" in first and second.startswith("a dog")
+    alone = sample("--prompt=the quick", "--max_new_tokens=12").stdout  # the same seed, the same answer
+    assert first.startswith(alone)
+    assert "cannot write" in done.stderr and "File exists" in done.stderr and "'Ü' (U+00DC)" in done.stderr
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_only(trained, tmp_path):
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "sample.py", f"--out_dir={trained}", "--chat", "--max_new_tokens=1000000"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, text=True, bufsize=1, preexec_fn=heeding, **pipes) as process:
+        process.stdin.write("the quick\n")
+        seen = process.stdout.read(20)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(f"/save {tmp_path / 'said'}\n", timeout=60)
+    assert process.returncode == 0, errors
+    answer = (seen + rest).split("> ")[1].removesuffix("\n")
+    assert (tmp_path / "said").read_text() == "the quick" + answer + "\n" and len(answer) > 15
 
 
 @pytest.mark.parametrize(
@@ -108,6 +199,11 @@ def test_text_may_be_longer_than_the_context(sample):
      (["--temperature=-1"], "temperature must be at least 0"), (["--top_p=0"], "top_p must be above 0"),
      (["--max_new_tokens=0"], "max_new_tokens must be at least 1"), (["--checkpoint=x"], "choose best, latest or"),
      (["--tempreature=1"], "did you mean temperature?"), (["--seed=x"], "seed must be of type int"),
+     (["--num_beams=2", "--num_samples=3"], "cannot come from"),
+     (["--json=1"], "json must be of type bool"), (["--seed"], "--seed: options are written --key=value, as in"),
+     (["--seed", "1"], "options are written --key=value, as in --seed=1"),
+     (["--score=none"], "cannot read the text none"),
+     (["--dtype=bfloat16", "--quantize=int8"], "--quantize=int8 is for a CPU in float32"),
      (["--out_dir=nowhere"], "no run in nowhere"), (["--device=cuda:9"], "CUDA GPUs"), (["prompt"], "cannot read")],
 )  # fmt: skip
 def test_a_mistake_in_sampling_is_one_clear_line(sample, options, message):

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
 
 from model import GPT, IGNORE, MLP, GPTConfig, Norm
 from tests.helpers import LOSS_OPTIONS, POSITIONS, assert_close, label, random, tokens
+from tests.twins import gpt2_twins, qwen3_twins
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Its parts, against their formulas
@@ -91,94 +91,23 @@ def test_dropout_acts_in_training_only(tiny_gpt):
 # The same weights in transformers
 
 
-def randomised(theirs):
-    """Every weight of a transformers model random: norms away from 1, biases away from 0."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
-    return theirs.eval()
-
-
-def load(model, weights):
-    """The model with `weights` in the place of all of its own."""
-    assert weights.keys() == model.state_dict().keys()
-    model.load_state_dict(weights)
-    return model.eval()
-
-
 @pytest.mark.parametrize("kind", ["flash", "math"])
 @pytest.mark.parametrize("tie", [True, False])
-@torch.no_grad()
 def test_the_default_architecture_is_qwen3(tie, kind):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    theirs = randomised(
-        Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=12, max_position_embeddings=64, tie_word_embeddings=tie,
-                rope_parameters={"rope_type": "default", "rope_theta": 50.0}, attn_implementation="eager",
-            )
-        )
-    )  # fmt: skip
-    w = theirs.state_dict()
-    weights = {"tok_emb.weight": w["model.embed_tokens.weight"], "norm.weight": w["model.norm.weight"]}
-    weights["head.weight"] = w["model.embed_tokens.weight" if tie else "lm_head.weight"]
-    for i in range(3):
-        mine, other = f"blocks.{i}.", f"model.layers.{i}."
-        names = {
-            "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm",
-            "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
-            "attention.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj",
-        }  # fmt: skip
-        weights |= {f"{mine}{a}.weight": w[f"{other}{b}.weight"] for a, b in names.items()}
-        qkv, gates = [f"self_attn.{x}_proj" for x in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]
-        for a, b in (("attention.qkv", qkv), ("mlp.up", gates)):
-            weights[f"{mine}{a}.weight"] = torch.cat([w[f"{other}{x}.weight"] for x in b])
-    model = GPT(
-        GPTConfig(
-            block_size=64, vocab_size=101, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_dim=12, mlp_dim=48,
-            rope_theta=50.0, tie_embeddings=tie, attention=kind,
-        )
-    )  # fmt: skip
-    idx = torch.randint(101, (2, 64), generator=torch.Generator().manual_seed(1))
-    expected = theirs(idx).logits
-    assert expected.std() > 0.5
-    assert_close(load(model, weights)(idx)[0], expected, 1e-4)
+    assert_same_logits(*qwen3_twins(tie=tie, kind=kind))
 
 
 @pytest.mark.parametrize("kind", ["flash", "math"])
-@torch.no_grad()
 def test_the_classic_architecture_is_gpt2(kind):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    assert_same_logits(*gpt2_twins(kind=kind))
 
-    theirs = randomised(
-        GPT2LMHeadModel(
-            GPT2Config(vocab_size=101, n_positions=64, n_embd=32, n_layer=3, n_head=4, attn_implementation="eager")
-        )
-    )
-    w = theirs.state_dict()
-    weights = {"tok_emb.weight": w["transformer.wte.weight"], "head.weight": w["transformer.wte.weight"]}
-    weights["pos_emb.weight"] = w["transformer.wpe.weight"]
-    weights |= {f"norm.{end}": w[f"transformer.ln_f.{end}"] for end in ("weight", "bias")}
-    names = {
-        "norm_attention": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
-        "norm_mlp": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
-    }  # fmt: skip
-    for i, (mine, other), end in product(range(3), names.items(), ("weight", "bias")):
-        x = w[f"transformer.h.{i}.{other}.{end}"]
-        weights[f"blocks.{i}.{mine}.{end}"] = x.T if x.dim() == 2 else x  # their Conv1D keeps (in, out)
-    model = GPT(
-        GPTConfig(
-            block_size=64, vocab_size=101, n_layer=3, n_head=4, n_embd=32, position="learned", norm="layernorm",
-            norm_eps=1e-5, mlp="gelu", bias=True, qk_norm=False, attention=kind,
-        )
-    )  # fmt: skip
+
+@torch.no_grad()
+def assert_same_logits(theirs, ours):
     idx = torch.randint(101, (2, 64), generator=torch.Generator().manual_seed(1))
     expected = theirs(idx).logits
     assert expected.std() > 0.5
-    assert_close(load(model, weights)(idx)[0], expected, 1e-4)
+    assert_close(ours(idx)[0], expected, 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

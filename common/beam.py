@@ -1,0 +1,150 @@
+"""Beam search: of all continuations, follow the W most likely ones side by side.
+
+Notable: a prompt and all its beams share one row of the cache. Each step adds W slots to the row, one per beam, and
+`visible` says which slots are a beam's own past. To drop one beam and go on twice with another is to copy a row of
+booleans; no key or value is ever moved, and the prompt's are there once.
+The rules are those of transformers' generate(num_beams=W, early_stopping="never"): nothing is stopped that could win.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.decode import check_prompts, context_start, read
+from model import GPT, NOWHERE, KVCache
+
+
+@dataclass
+class Hypothesis:
+    """A continuation: its tokens, the closing eos_id included, and their log-probabilities, which sum to `logprob`."""
+
+    tokens: list[int]
+    score: float  # logprob / len(tokens)^length_penalty; what hypotheses are compared by
+    logprob: float
+    logprobs: list[float]
+
+
+class Search:
+    """One prompt's search: up to W open beams, the likeliest first, and the W best finished hypotheses."""
+
+    def __init__(self, prompt: list[int], num_beams: int, length_penalty: float, eos_id: int | None, longest: int):
+        self.prompt, self.W, self.alpha, self.eos_id, self.longest = prompt, num_beams, length_penalty, eos_id, longest
+        self.open = [Hypothesis([], 0.0, 0.0, [])]
+        self.finished: list[Hypothesis] = []
+        self.done = False
+
+    def step(self, candidates: list[tuple[float, int, int]]) -> list[int]:
+        """Take the 2W best (log-probability, parent beam, token); returns each new beam's parent, W of them.
+
+        2W, as up to W may end with eos_id, and W are to go on. One that ends counts only if it is among the first W:
+        a wider search would not have cut it off in favour of a longer one.
+        """
+        beams, parents = [], []
+        for rank, (logprob, parent, token) in enumerate(candidates):
+            if logprob == -math.inf:  # fewer than 2W continuations exist
+                break
+            past = self.open[parent]
+            tokens, logprobs = [*past.tokens, token], [*past.logprobs, logprob - past.logprob]
+            beam = Hypothesis(tokens, logprob / len(tokens) ** self.alpha, logprob, logprobs)
+            ends = token == self.eos_id or len(tokens) == self.longest
+            if ends and rank < self.W:
+                self.finished.append(beam)
+            elif not ends and len(beams) < self.W:
+                beams.append(beam)
+                parents.append(parent)
+        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.W]
+        self.open = beams or self.open
+        self.done = not beams or self.decided()
+        missing = self.W - len(self.open)
+        self.open += [Hypothesis(self.open[0].tokens, -math.inf, -math.inf, [])] * missing
+        return (parents + [0] * self.W)[: self.W]
+
+    def decided(self) -> bool:
+        """Can no open beam win any more? Log-probabilities only fall, so the best one's bounds all their scores."""
+        if len(self.finished) < self.W:
+            return False
+        # One beam is greedy search: the likeliest token was the end, and there is nothing to compare it with.
+        length = self.longest if self.alpha > 0 else len(self.open[0].tokens)
+        return self.W == 1 or self.open[0].logprob / length**self.alpha <= self.finished[-1].score
+
+
+@torch.inference_mode()
+def beam_search(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, *, num_beams: int = 4, length_penalty: float = 1.0,
+    eos_id: int | None = None, num_return: int = 1, vocab_size: int | None = None,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """The num_return best continuations of each prompt, best first, of at most max_new_tokens tokens.
+
+    prompts: token lists of any lengths of at least 1. Hypotheses are compared by log-probability / length^α, with
+    α = length_penalty [after Wu et al. 2016, section 7]: 0 takes the likeliest, which favours short ones, 1 the mean.
+    A search ends when no open beam can still win. num_beams=1 is greedy search.
+    vocab_size: the tokenizer's, where the model's is rounded up. ValueError: num_return above num_beams.
+    """
+    check_prompts(prompts, model.config.vocab_size)
+    if num_beams < 1:
+        raise ValueError(f"num_beams must be at least 1, not {num_beams}")
+    if not 1 <= num_return <= num_beams:
+        raise ValueError(f"num_return must be from 1 to num_beams={num_beams}, not {num_return}")
+    W, block_size = num_beams, model.config.block_size
+    searches = [Search(prompt, W, length_penalty, eos_id, max_new_tokens) for prompt in prompts]
+    live, starts = searches, []
+
+    def room() -> int:
+        """Slots that the beams need from here to the next reading."""
+        longest = max(len(s.prompt) + step - start for s, start in zip(live, starts, strict=True))
+        return W * min(max_new_tokens - 1 - step, block_size - longest)
+
+    for step in range(max_new_tokens):
+        lengths = [len(search.prompt) + step for search in live]
+        now = [context_start(n, block_size) for n in lengths]
+        if now != starts:  # at first, and whenever a context is full: read what each beam still sees
+            starts = now
+            logits, cache, visible = read_beams(model, live, starts, room())
+        else:
+            last = [n - 1 - start for n, start in zip(lengths, starts, strict=True)]
+            logits = step_beams(model, live, last, cache, visible)
+        total = torch.tensor([[beam.logprob for beam in search.open] for search in live], device=logits.device)
+        logprobs = logits[:, :, :vocab_size].float().log_softmax(-1) + total[:, :, None]  # (B, W, V)
+        V = logprobs.size(2)
+        best, where = logprobs.flatten(1).topk(min(2 * W, logprobs[0].numel()))
+        candidates = zip(best.tolist(), (where // V).tolist(), (where % V).tolist(), strict=True)
+        parents = [s.step(list(zip(*c, strict=True))) for s, c in zip(live, candidates, strict=True)]
+        going = [b for b, search in enumerate(live) if not search.done]
+        if not going:
+            break
+        visible = visible[torch.arange(len(live))[:, None], parents]
+        if len(going) < len(live):  # the others need no longer wait for those that are done
+            live, starts, visible = [live[b] for b in going], [starts[b] for b in going], visible[going]
+            cache = cache.regroup(torch.tensor(going, device=visible.device)[:, None], room())
+            visible = F.pad(visible[:, :, : cache.used], (0, room()))
+    return [search.finished[:num_return] for search in searches]
+
+
+def read_beams(model: GPT, searches: list[Search], starts: list[int], room: int) -> tuple[Tensor, KVCache, Tensor]:
+    """Read all that every beam sees: logits (B, W, V), a cache with room for more, and visible (B, W, slots).
+
+    At the first step there is one beam, and W is 1.
+    """
+    windows = [
+        (search.prompt + beam.tokens)[start:]
+        for search, start in zip(searches, starts, strict=True)
+        for beam in search.open
+    ]
+    B, n = len(searches), len(searches[0].open)
+    logits, cache = read(model, windows, room, side_by_side=n)
+    own = torch.arange(cache.k.size(3), device=logits.device) // (cache.used // n)  # whose window a slot is of
+    visible = (own == torch.arange(n, device=logits.device)[:, None]) & (cache.positions != NOWHERE)[:, None]
+    return logits.view(B, n, -1), cache, visible
+
+
+def step_beams(model: GPT, searches: list[Search], last: list[int], cache: KVCache, visible: Tensor) -> Tensor:
+    """Feed every beam its last token, which stands at last[b], and make it visible to it: logits (B, W, V)."""
+    W, device = searches[0].W, visible.device
+    idx = torch.tensor([[beam.tokens[-1] for beam in search.open] for search in searches], device=device)
+    positions = torch.tensor(last, device=device)[:, None].expand(-1, W)
+    each = torch.arange(W, device=device)
+    visible[:, each, cache.used + each] = True
+    return model(idx, cache=cache, positions=positions, visible=visible[:, :, : cache.used + W])[0]

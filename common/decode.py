@@ -1,0 +1,172 @@
+"""From a model to tokens, one at a time: greedy, or drawn at random with temperature, top-k, top-p and min-p.
+
+Notable: the prompt is read once and every further token costs one step through the KV cache; prompts of different
+lengths share a batch, equal ones their reading; row i's random numbers come from seed + i alone, so that its text does
+not depend on what else is in the batch. When the context is full, its older half is dropped and the newer half read
+again (`context_start`). Beam search is in `beam.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.fast import next_step
+from model import GPT, KVCache
+
+SCORE_BATCH = 8  # windows of a text that are read at once to score it
+
+
+class Token(NamedTuple):
+    """A chosen token, and the logarithm of the probability that the model gave it (before temperature and the like)."""
+
+    id: int
+    logprob: float
+
+
+def context_start(n: int, block_size: int) -> int:
+    """Index of the first of n tokens that the model still sees.
+
+    0 until they fill the context; from then on, a whole half of it at a time: the cache survives until the next jump.
+    """
+    half = max(1, block_size // 2)
+    return -(-max(0, n - block_size) // half) * half
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens `seen` (B, V) less likely: l/θ where l > 0, else l·θ [Keskar et al. 2019, section 4.1]."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def choose(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """One token per row, (B,), from logits (B, V) and one number in [0, 1) per row, (B,).
+
+    Drawn by inverting the cumulative distribution of softmax(logits / temperature), after keeping the top_k most likely
+    tokens; of these, the fewest whose renormalised probabilities reach top_p [Holtzman et al. 2020, section 3.1]; and
+    those at least min_p times as likely as the likeliest [Nguyen et al. 2024, section 3].
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    order = None
+    if 0 < top_k < logits.size(-1):
+        logits, order = logits.topk(top_k)
+    elif top_p < 1:
+        logits, order = logits.sort(descending=True, stable=True)
+    probs = logits.softmax(-1)
+    keep = probs >= min_p * probs.amax(-1, keepdim=True)
+    if top_p < 1:
+        keep &= probs.cumsum(-1) - probs < top_p  # what the tokens before this one reach without it
+    cumulative = probs.masked_fill(~keep, 0).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    drawn = drawn.clamp(max=probs.size(-1) - 1)
+    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+
+
+def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1) -> tuple[Tensor, KVCache]:
+    """Read each window, equal ones once: the logits (B, V) after it, and the cache, with room for more tokens.
+
+    side_by_side: so many windows in turn become one row of the cache (see KVCache.regroup).
+    """
+    weight, number = model.tok_emb.weight, {}
+    rows = [number.setdefault(tuple(window), len(number)) for window in windows]
+    lengths = [len(window) for window in number]
+    T = max(lengths)
+    idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in number], device=weight.device)
+    cache = KVCache(model.config, len(number), T, weight.device, weight.dtype)
+    logits, _ = model(idx, cache=cache, lengths=lengths, last_only=True)
+    rows = torch.tensor(rows, device=weight.device)
+    return logits[rows, -1], cache.regroup(rows.view(-1, side_by_side), room)
+
+
+def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
+    """ValueError for a prompt without tokens, or with one that the model does not know."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"a prompt must have at least one token, and prompt {i} has none")
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"prompt {i} has the token {token}, outside the model's vocabulary of {vocab_size}")
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, eos_id: int | None = None, seed: int = 0,
+    vocab_size: int | None = None, ends: Callable[[int, int], bool] | None = None,
+) -> Iterator[list[Token | None]]:  # fmt: skip
+    """Yield each row's next token, step after step; None for a row that has ended.
+
+    prompts: token lists of any lengths of at least 1. Row i draws from the stream of seed + i, whatever the batch.
+    repetition_penalty: see `penalize`; it is for the tokens of the whole row, prompt included.
+    A row ends with eos_id, or with a token for which ends(row, token) is true; it is asked once for each new one.
+    vocab_size: the tokenizer's, where the model's is rounded up; ids from there on are never drawn.
+    """
+    check_prompts(prompts, model.config.vocab_size)
+    rows, B = [list(prompt) for prompt in prompts], len(prompts)
+    device, block_size = model.tok_emb.weight.device, model.config.block_size
+    draws = np.stack([np.random.default_rng(seed + i).random(max_new_tokens) for i in range(B)])
+    uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
+    seen = None
+    if repetition_penalty != 1:
+        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+        for i, row in enumerate(rows):
+            seen[i, row] = True
+    alive, starts, step_model = [True] * B, None, None
+    for step in range(max_new_tokens):
+        now = [context_start(len(row), block_size) for row in rows]
+        if now != starts:  # at first, and whenever a context is full: read what each row still sees
+            starts, windows = now, [row[start:] for row, start in zip(rows, now, strict=True)]
+            room = min(max_new_tokens - 1 - step, block_size - max(map(len, windows)))
+            logits, cache = read(model, windows, room)
+            step_model = None
+        else:
+            step_model = step_model or next_step(model, cache)
+            logits = step_model(torch.tensor([row[-1:] for row in rows], device=device))[:, -1]
+        logits = logits[:, :vocab_size]
+        scores = logits if seen is None else penalize(logits, seen[:, :vocab_size], repetition_penalty)
+        tokens = choose(scores, uniforms[:, step], temperature, top_k, top_p, min_p)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        logprobs = (logits.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).tolist()
+        tokens = tokens.tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        yield [Token(*pair) if going else None for *pair, going in zip(tokens, logprobs, alive, strict=True)]
+        for i, token in enumerate(tokens):
+            alive[i] = alive[i] and token != eos_id and not (ends is not None and ends(i, token))
+        if not any(alive):
+            return
+
+
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
+    """The new tokens of each prompt, the closing eos_id included; the options are those of `stream`."""
+    columns = list(stream(model, prompts, max_new_tokens, **options))
+    return [[column[i].id for column in columns if column[i] is not None] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None) -> Tensor:
+    """log p of each token but the first, (n - 1,), given what generation would see of those before it."""
+    check_prompts([tokens], model.config.vocab_size)
+    block_size, device = model.config.block_size, model.tok_emb.weight.device
+    windows, start, done = [], 0, 1  # `done` tokens have their probability
+    while done < len(tokens):
+        end = min(start + block_size, len(tokens) - 1)  # the last token is predicted, never read
+        windows.append((start, done, end))
+        done = end + 1
+        start = context_start(done, block_size)
+    parts = [torch.zeros(0)]
+    for i in range(0, len(windows), SCORE_BATCH):
+        batch = windows[i : i + SCORE_BATCH]
+        idx = [tokens[start:end] + [0] * (block_size - end + start) for start, _, end in batch]
+        logits, _ = model(torch.tensor(idx, device=device))
+        for row, (start, done, end) in zip(logits, batch, strict=True):
+            logprobs = row[done - start - 1 : end - start, :vocab_size].float().log_softmax(-1)
+            targets = torch.tensor(tokens[done : end + 1], device=device)
+            parts.append(logprobs.gather(1, targets[:, None])[:, 0].cpu())
+    return torch.cat(parts)

@@ -1,0 +1,102 @@
+"""The same model, faster at decoding: weights laid out for few rows, weights as bytes, a step as a CUDA graph.
+
+All of it is applied from outside to a model that knows nothing of it, and only for decoding: such a model can neither
+be trained nor saved. Each is proven equal to the plain model in tests/test_fast.py; the loss of int8 is measured.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import GPT, Head, KVCache
+
+ROWS = 16  # rows that packed weights are laid out for; it serves 1 as well, and thousands
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight oneDNN has laid out once in the order in which its kernels read it.
+
+    On a CPU, decoding takes as long as it takes to read the weights. The usual kernels read them at half the speed that
+    memory has for one row, and several times over for 2 to 30 rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights as bytes: W ≈ diag(s)·Q, |Q| ≤ 127, one scale s per row (absmax quantisation)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.scale = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
+        self.pad = (0, -weight.size(1) % 16)  # the kernel reads 16 columns at once, real or not
+        self.q, self.bias = F.pad((weight.detach() / self.scale[:, None]).round(), self.pad).to(torch.int8), bias
+        self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.pad(x.flatten(0, -2), self.pad)
+        if len(rows) <= ROWS:  # the kernel takes activations in bfloat16
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
+        else:  # a prompt: its arithmetic takes longer than to unpack the weights once
+            y = F.linear(rows, self.q.float() * self.scale[:, None])
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+def speed_up(model: GPT, quantize: str = "none") -> GPT:
+    """Replace the model's linear layers by faster ones, where there are such; returns the model.
+
+    quantize: "none", or "int8" (on a CPU, in float32). On a CPU in float32 the others are packed.
+    """
+    weight = model.tok_emb.weight
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if quantize == "int8" and not on_cpu:
+        raise ValueError(f"--quantize=int8 is for a CPU in float32, not {weight.device.type} in {weight.dtype}")
+    if not on_cpu or quantize == "none" and not torch.backends.mkldnn.is_available():
+        return model
+    kind = Int8Linear if quantize == "int8" else PackedLinear
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                weight = child.rows() if isinstance(child, Head) else child.weight
+                setattr(module, name, kind(weight, child.bias))
+    return model
+
+
+def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """A function from one token per row (B, 1) to logits (B, 1, V), which adds the tokens to the cache."""
+    if cache.k.device.type == "cuda":
+        return GraphedStep(model, cache)
+    return lambda idx: model(idx, cache=cache)[0]
+
+
+class GraphedStep:
+    """A step recorded once as a CUDA graph, and replayed from then on.
+
+    The GPU computes a small model's step in less time than Python takes to launch its kernels one by one.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache):
+        cache.freeze()
+        self.idx = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.k.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels and workspaces are chosen in the first calls, which cannot be recorded
+            for _ in range(2):
+                model(self.idx, cache=cache)
+                cache.rewind()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits, _ = model(self.idx, cache=cache)
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        self.idx.copy_(idx)
+        self.graph.replay()
+        return self.logits

@@ -1,0 +1,118 @@
+"""What makes decoding faster, against the plain model."""
+
+import copy
+
+import pytest
+import torch
+
+from common.beam import beam_search
+from common.decode import generate
+from common.fast import Int8Linear, PackedLinear, next_step, speed_up
+from model import GPT, GPTConfig, KVCache
+from tests.helpers import assert_close, tokens
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
+SHAPES = [{}, {"norm_head": True}, {"tie_embeddings": False, "bias": True, "norm": "layernorm"}, {"mlp": "gelu"}]
+
+
+@pytest.fixture
+def model(tiny_gpt):
+    """A small model in float32, with dimensions that are no multiples of anything."""
+
+    def build(**options):
+        return tiny_gpt(n_embd=20, head_dim=6, mlp_dim=30, vocab_size=101, **options).float()
+
+    return build
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 200])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_equals_the_layer(rows, shape, bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(shape[1], shape[0], bias=bias), torch.randn(rows, 1, shape[1])
+    with torch.inference_mode():
+        assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 200])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
+def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(shape[1], shape[0]), torch.randn(rows, 1, shape[1]).bfloat16().float()
+    with torch.inference_mode():
+        error = (Int8Linear(layer.weight, layer.bias)(x) - layer(x)).abs()
+        step = layer.weight.abs().amax(1) / 127  # a weight is off by half of it at most, the sum by bfloat16's rounding
+        bound = x.abs().sum(-1, keepdim=True) * step / 2
+    assert (error <= bound + 0.01 * (layer(x) - layer.bias).abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options):
+    plain = model(**options)
+    fast, idx = speed_up(copy.deepcopy(plain)), tokens(3, 16)
+    assert sum(isinstance(m, PackedLinear) for m in fast.modules()) == 4 * 2 + 1
+    with torch.inference_mode():
+        assert_close(fast(idx)[0], plain(idx)[0], 1e-4)
+    for search in (lambda m: generate(m, PROMPTS, 20, temperature=0), lambda m: generate(m, PROMPTS, 20, seed=1),
+                   lambda m: [beams[0].tokens for beams in beam_search(m, PROMPTS, 20)]):  # fmt: skip
+        assert search(fast) == search(plain)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_the_model_in_bytes_is_close_to_the_model(model, options):
+    plain = model(**options)
+    fast, idx = speed_up(copy.deepcopy(plain), "int8"), tokens(3, 1)
+    assert sum(isinstance(m, Int8Linear) for m in fast.modules()) == 4 * 2 + 1
+    with torch.inference_mode():
+        expected = plain(idx)[0]
+        error = (fast(idx)[0] - expected).abs().mean()
+    assert 0 < error < 0.05 * expected.std()
+
+
+def test_what_cannot_be_sped_up_is_left_alone(tiny_gpt):
+    model = tiny_gpt()  # float64
+    assert speed_up(model) is model and not any(isinstance(m, PackedLinear) for m in model.modules())
+    with pytest.raises(ValueError, match="--quantize=int8 is for a CPU in float32, not cpu in torch.float64"):
+        speed_up(model, "int8")
+
+
+@pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
+@torch.no_grad()
+def test_steps_of_fixed_shape_equal_plain_steps_compiled_as_one_graph_without_recompiling(tiny_gpt, position):
+    model, idx = tiny_gpt(position=position), tokens(3, 14)
+    plain, fixed = (KVCache(model.config, 3, 16, dtype=torch.float64) for _ in range(2))
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(lambda idx: model(idx, cache=fixed)[0], backend=backend, fullgraph=True)
+    for cache in (plain, fixed):
+        model(idx[:, :6], cache=cache, lengths=[3, 6, 1])
+    fixed.freeze()
+    for t in range(6, 14):
+        expected = next_step(model, plain)(idx[:, t : t + 1])
+        assert_close(step(idx[:, t : t + 1]), expected)
+        if t == 8:  # what was done to warm up can be undone
+            step(idx[:, :1])
+            fixed.rewind()
+    assert len(graphs) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal", "alibi", "none"])
+def test_on_a_gpu_steps_as_cuda_graphs_equal_the_cpus(position):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=24, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, position=position)
+    model = GPT(config).eval()
+    for weight in model.parameters():
+        weight.data += 0.2 * torch.randn_like(weight)
+    for options in ({"temperature": 0}, {"seed": 3}, {"repetition_penalty": 1.3, "seed": 3}):
+        expected = generate(model.cpu().double(), PROMPTS, 60, **options)
+        assert generate(model.cuda(), PROMPTS, 60, **options) == expected
+    expected = [beams[0].tokens for beams in beam_search(model.cpu(), PROMPTS, 60)]
+    assert [beams[0].tokens for beams in beam_search(model.cuda(), PROMPTS, 60)] == expected
