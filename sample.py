@@ -249,7 +249,7 @@ def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
 
     plain = measure()
     if config.quantize != "none":
-        speed_up(model, config.quantize)
+        speed_up(model, quantize=config.quantize)
         plain |= {f"{config.quantize}_bits_per_byte": measure()["bits_per_byte"]}
     if config.json:
         print(json.dumps(plain))
@@ -332,7 +332,8 @@ def main() -> None:
         p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
     if config.score:
         return write_score(model, tokenizer, config)
-    model = speed_up(model, config.quantize)
+    rows = 1 if config.chat else max(config.num_samples, config.num_beams)
+    model = speed_up(model, rows, config.quantize)
     if config.chat:
         return chat(model, tokenizer, config)
     prompt = prompt_tokens(tokenizer, text)

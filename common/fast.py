@@ -4,6 +4,7 @@ All of it is applied from outside to a model that knows nothing of it, and only 
 be trained nor saved. Each is proven equal to the plain model in tests/test_fast.py; the loss of int8 is measured.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,11 +16,29 @@ from model import GPT, Head, KVCache
 ROWS = 16  # rows that packed weights are laid out for; it serves 1 as well, and thousands
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight oneDNN has laid out once in the order in which its kernels read it.
+class SplitLinear(nn.Module):
+    """A linear layer for one row: each of n cores multiplies its own part of x with its own part of the weight.
 
-    On a CPU, decoding takes as long as it takes to read the weights. The usual kernels read them at half the speed that
-    memory has for one row, and several times over for 2 to 30 rows.
+    On a CPU, decoding takes as long as reading the weights does. Here each core reads one contiguous block from its
+    beginning to its end, at the full speed of memory; the usual kernels reach half of it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        n = math.gcd(weight.size(1), torch.get_num_threads())
+        self.weight = weight.detach().t().reshape(n, weight.size(1) // n, weight.size(0)).contiguous()
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, part, _ = self.weight.shape
+        y = torch.bmm(x.reshape(-1, n, part).transpose(0, 1), self.weight).sum(0)  # (n, rows, out) → (rows, out)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for few rows: oneDNN lays the weight out once in the order in which its kernels read it.
+
+    The usual kernels read the weight several times over for 2 to 30 rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -49,18 +68,18 @@ class Int8Linear(nn.Module):
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
-def speed_up(model: GPT, quantize: str = "none") -> GPT:
-    """Replace the model's linear layers by faster ones, where there are such; returns the model.
+def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
+    """Replace the model's linear layers by faster ones, where there are such (on a CPU, in float32); returns the model.
 
-    quantize: "none", or "int8" (on a CPU, in float32). On a CPU in float32 the others are packed.
+    rows: how many texts or beams are decoded at once. quantize: "none", or "int8". The layers serve any number of rows.
     """
     weight = model.tok_emb.weight
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if quantize == "int8" and not on_cpu:
         raise ValueError(f"--quantize=int8 is for a CPU in float32, not {weight.device.type} in {weight.dtype}")
-    if not on_cpu or quantize == "none" and not torch.backends.mkldnn.is_available():
+    if not on_cpu or rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
         return model
-    kind = Int8Linear if quantize == "int8" else PackedLinear
+    kind = Int8Linear if quantize == "int8" else SplitLinear if rows == 1 else PackedLinear
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

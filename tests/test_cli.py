@@ -173,9 +173,9 @@ def test_a_chat_remembers_resets_saves_and_says_what_it_cannot_do(sample, tmp_pa
     done = sample("--chat", "--max_new_tokens=12")
     assert done.returncode == 0, done.stderr
     first, second = ((tmp_path / name).read_text() for name in "ab")
-    assert first.startswith("the quick") and "\n fox" in first and second.startswith("a dog")
+    assert first.startswith("the quick") and " fox" in first[21:] and second.startswith("a dog")
     alone = sample("--prompt=the quick", "--max_new_tokens=12").stdout  # the same seed, the same answer
-    assert first.startswith(alone)
+    assert first.startswith(alone.removesuffix("\n"))
     assert "cannot write" in done.stderr and "File exists" in done.stderr and "'Ü' (U+00DC)" in done.stderr
 
 

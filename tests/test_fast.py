@@ -7,8 +7,8 @@ import torch
 
 from common.beam import beam_search
 from common.decode import generate
-from common.fast import Int8Linear, PackedLinear, next_step, speed_up
-from model import GPT, GPTConfig, KVCache
+from common.fast import Int8Linear, PackedLinear, SplitLinear, next_step, speed_up
+from model import GPT, GPTConfig, Head, KVCache
 from tests.helpers import assert_close, tokens
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
@@ -28,11 +28,12 @@ def model(tiny_gpt):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 200])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_equals_the_layer(rows, shape, bias):
+@pytest.mark.parametrize("kind", [SplitLinear, PackedLinear])
+def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(shape[1], shape[0], bias=bias), torch.randn(rows, 1, shape[1])
     with torch.inference_mode():
-        assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), 1e-5)
+        assert_close(kind(layer.weight, layer.bias)(x), layer(x), 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 200])
@@ -47,11 +48,12 @@ def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape):
     assert (error <= bound + 0.01 * (layer(x) - layer.bias).abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("rows, kind", [(1, SplitLinear), (4, PackedLinear)])
 @pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options):
+def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows, kind):
     plain = model(**options)
-    fast, idx = speed_up(copy.deepcopy(plain)), tokens(3, 16)
-    assert sum(isinstance(m, PackedLinear) for m in fast.modules()) == 4 * 2 + 1
+    fast, idx = speed_up(copy.deepcopy(plain), rows), tokens(3, 16)
+    assert sum(isinstance(m, kind) for m in fast.modules()) == 4 * 2 + 1
     with torch.inference_mode():
         assert_close(fast(idx)[0], plain(idx)[0], 1e-4)
     for search in (lambda m: generate(m, PROMPTS, 20, temperature=0), lambda m: generate(m, PROMPTS, 20, seed=1),
@@ -62,7 +64,7 @@ def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options):
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_the_model_in_bytes_is_close_to_the_model(model, options):
     plain = model(**options)
-    fast, idx = speed_up(copy.deepcopy(plain), "int8"), tokens(3, 1)
+    fast, idx = speed_up(copy.deepcopy(plain), quantize="int8"), tokens(3, 1)
     assert sum(isinstance(m, Int8Linear) for m in fast.modules()) == 4 * 2 + 1
     with torch.inference_mode():
         expected = plain(idx)[0]
@@ -72,9 +74,9 @@ def test_the_model_in_bytes_is_close_to_the_model(model, options):
 
 def test_what_cannot_be_sped_up_is_left_alone(tiny_gpt):
     model = tiny_gpt()  # float64
-    assert speed_up(model) is model and not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert speed_up(model) is model and isinstance(model.head, Head)
     with pytest.raises(ValueError, match="--quantize=int8 is for a CPU in float32, not cpu in torch.float64"):
-        speed_up(model, "int8")
+        speed_up(model, quantize="int8")
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi"])

@@ -59,13 +59,16 @@ def qwen3_twins(seed=0, tie=True, kind="flash", vocab_size=101, n_embd=32):
     return theirs, load(GPT(config), weights)
 
 
-def gpt2_twins(seed=0, kind="flash", vocab_size=101, n_embd=32):
+def gpt2_twins(
+    seed=0, kind="flash", vocab_size=101, n_embd=32, n_layer=3, n_head=4, n_positions=64, implementation="eager"
+):
     """GPT-2 and the classic architecture."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    sizes = {"vocab_size": vocab_size, "n_positions": 64, "n_embd": n_embd, "n_layer": 3, "n_head": 4}
-    theirs = randomised(GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager")), seed)
+    sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_layer": n_layer, "n_head": n_head}
+    config = GPT2Config(**sizes, n_positions=n_positions, attn_implementation=implementation)
+    theirs = randomised(GPT2LMHeadModel(config), seed)
     w = theirs.state_dict()
     weights = {"tok_emb.weight": w["transformer.wte.weight"], "head.weight": w["transformer.wte.weight"]}
     weights["pos_emb.weight"] = w["transformer.wpe.weight"]
@@ -74,11 +77,11 @@ def gpt2_twins(seed=0, kind="flash", vocab_size=101, n_embd=32):
         "norm_attention": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
         "norm_mlp": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
     }  # fmt: skip
-    for i, (mine, other), end in product(range(3), names.items(), ("weight", "bias")):
+    for i, (mine, other), end in product(range(n_layer), names.items(), ("weight", "bias")):
         x = w[f"transformer.h.{i}.{other}.{end}"]
         weights[f"blocks.{i}.{mine}.{end}"] = x.T if x.dim() == 2 else x  # their Conv1D keeps (in, out)
     config = GPTConfig(
-        block_size=64, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=n_embd, position="learned", norm="layernorm",
-        norm_eps=1e-5, mlp="gelu", bias=True, qk_norm=False, attention=kind,
+        **sizes, block_size=n_positions, position="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", bias=True,
+        qk_norm=False, attention=kind,
     )  # fmt: skip
     return theirs, load(GPT(config), weights)
