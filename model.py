@@ -157,43 +157,56 @@ def attention_mask(
     return mask.unsqueeze(1)
 
 
+def prepare_mask(mask: Tensor | str | None, dtype: torch.dtype, dead: bool = True) -> tuple:
+    """A mask as the kernels want it, once for all layers: numbers to add, and which queries may look at nothing.
+
+    A softmax over nothing is 0/0: such a query is let look anywhere here, and `attention` takes away what it saw.
+    dead: may there be such queries?
+    """
+    if not isinstance(mask, Tensor):
+        return mask, None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    if not dead:
+        return mask.to(dtype), None
+    nothing = (mask == -torch.inf).all(-1, keepdim=True)
+    return mask.to(dtype).masked_fill(nothing, 0), nothing
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None = None, *, dropout: float = 0.0, kind: str = "flash"
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | tuple | None = None, *, dropout: float = 0.0,
+    kind: str = "flash",
+) -> Tensor:  # fmt: skip
     """softmax(QKᵀ/√D + M)·V [Vaswani et al. 2017, eq. 1]; the same for self- and cross-attention.
 
     q: (B, H, T, D); k, v: (B, K, S, D), each key/value head serving H/K query heads.
-    mask: None, "causal" (T = S), booleans (True = visible) or numbers M to add, broadcastable to (B, H, T, S).
+    mask: None, "causal" (T = S), booleans (True = visible) or numbers M to add, broadcastable to (B, H, T, S), or what
+    `prepare_mask` made of it.
     A query that may look at nothing gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
     "flash" fuses it, and never holds them. Returns (B, H, T, D).
     """
+    M, dead = mask if isinstance(mask, tuple) else prepare_mask(mask, q.dtype)
+    causal = isinstance(M, str)
     B, H, T, D = q.shape
     G = H // k.size(1)  # grouped-query attention [Ainslie et al. 2023]
     if G > 1 and T == k.size(2):
         k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
     elif G > 1:  # decoding: a group's queries are asked as if of one head, rather than to copy all keys for each
         q = q.reshape(B, H // G, G * T, D)
-        if isinstance(mask, Tensor):
-            mask = mask.expand(B, H, T, k.size(2)).reshape(B, H // G, G * T, k.size(2))
-    dead = None
-    if isinstance(mask, Tensor):
-        # A softmax over nothing is 0/0. Such a row is let look anywhere, and what it saw is taken away below.
-        dead = (~mask if mask.dtype == torch.bool else mask == -torch.inf).all(-1, keepdim=True)
-        mask = mask.masked_fill(dead, True)
-
+        M = M if M is None else M.expand(B, H, T, k.size(2)).reshape(B, H // G, G * T, k.size(2))
     if kind == "flash":
-        causal, M = isinstance(mask, str), mask if isinstance(mask, Tensor) else None
-        M = M.to(q.dtype) if M is not None and M.is_floating_point() else M
+        M = None if causal or M is None else M.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=causal, dropout_p=dropout)
     else:
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-        if isinstance(mask, str):
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
+        if causal:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~visible, -torch.inf)
+        elif M is not None:
+            scores = scores + M
         y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
-    y = y if dead is None else y.masked_fill(dead, 0)
-    return y.reshape(B, H, T, D)
+    y = y.reshape(B, H, T, D)
+    return y if dead is None else y.masked_fill(dead, 0)
 
 
 class KVCache:
@@ -464,6 +477,7 @@ class GPT(nn.Module):
             keys = cache.key_positions()
             mask = cache.mask(positions) if visible is None else visible.unsqueeze(1)
         x, rope, mask = self.embed(idx, positions, mask, keys)
+        mask = prepare_mask(mask, x.dtype, dead=cache is None)  # in a cache, each token sees itself at least
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         if cache is not None and counted:
