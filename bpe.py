@@ -123,21 +123,29 @@ class BPE:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the vocabulary as readable JSON with a checksum; the file is there whole or not at all."""
+        write_whole(path, json.dumps(self.content(), ensure_ascii=False, indent=0))
+
+    def content(self) -> dict:
+        """What the file holds."""
         content = FORMAT | {
             "pattern": self.pattern, "special_tokens": self.special_tokens, "first_id": self.first_id,
             "alphabet": list(self.alphabet), "merges": [f"{left} {right}" for left, right in self.merges],
         }  # fmt: skip
-        write_whole(path, json.dumps(content | {"sha256": checksum(content)}, ensure_ascii=False, indent=0))
+        return content | {"sha256": checksum(content)}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
         """Read what `save` wrote. ValueError for any other file, and for one that is damaged."""
-        content = read_json(path)
+        return cls.from_content(read_json(path), path)
+
+    @classmethod
+    def from_content(cls, content: object, path: str | os.PathLike) -> "BPE":
+        """The vocabulary of a file's content; path is for messages only."""
         if not isinstance(content, dict) or content.get("format") != FORMAT["format"]:
             raise ValueError(
                 f"{path} is no vocabulary of bpe.py; to use a tokenizer.json: python -m common.tokenizer_json"
             )
-        stated = content.pop("sha256", None)
+        stated, content = content.get("sha256"), {k: v for k, v in content.items() if k != "sha256"}
         if stated != checksum(content):
             raise ValueError(f"{path} is damaged: its checksum differs")
         if content["version"] != FORMAT["version"]:

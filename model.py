@@ -145,11 +145,12 @@ def attention_mask(
             return None
         if positions is None and T == S:
             return "causal"
-    mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
     if causal:
         i = torch.arange(S - T, S, device=device) if positions is None else positions
-        j = torch.arange(S, device=device) if key_positions is None else key_positions
+        j = torch.arange(S, device=i.device) if key_positions is None else key_positions
         mask = j.view(-1, 1, S) <= i.view(-1, T, 1)
+    else:
+        mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
     if padding is not None:
         mask = mask & padding[:, None, :]
     if documents is not None:
@@ -252,11 +253,6 @@ class KVCache:
             positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.positions[:, self.slots] = positions
         return positions
-
-    def rewind(self) -> None:
-        """Forget the last token of each row of a frozen cache: the next one takes its slot."""
-        self.slots -= 1
-        self.lengths -= 1
 
     def key_positions(self) -> Tensor:
         """Where the tokens of all slots taken so far stand, (B, S)."""

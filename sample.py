@@ -8,6 +8,7 @@
 How tokens are found is in common/decode.py and common/beam.py; here they become text.
 """
 
+import codecs
 import json
 import math
 import sys
@@ -68,12 +69,16 @@ class SampleConfig:
             raise ValueError(f"min_p must be from 0 to 1, not {self.min_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not -10 <= self.length_penalty <= 10:
+            raise ValueError(f"length_penalty must be from -10 to 10, not {self.length_penalty}")
         if self.quantize not in ("none", "int8"):
             raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
         if self.num_beams > 1:
             self.check_beams()
-        if self.chat + self.json + bool(self.score) > 1 and not (self.json and self.score):
-            raise ValueError("--chat goes with neither --json nor --score")
+        if self.chat and (self.json or self.score or self.prompt or self.num_samples > 1):
+            raise ValueError("--chat goes with none of --json, --score, --prompt and --num_samples")
+        if self.score and self.prompt:
+            raise ValueError("--score measures a text and makes none: it has no use for --prompt")
         self.stops()
 
     def check_beams(self) -> None:
@@ -111,32 +116,32 @@ class SampleConfig:
 class Text:
     """The text of tokens as they come, up to a stop string.
 
-    Held back: tokens that end within a character, and text that may be the beginning of a stop string. So a stop
+    Held back: the bytes of an unfinished character, and text that may be the beginning of a stop string. So a stop
     string is found wherever it begins and ends, and never shown in part.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: list[str]):
         self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.held, self.stopped = "", "", False
-        self.pending: list[int] = []
 
     def add(self, token: int) -> str:
         """The text that is certain now, and was not before."""
-        self.pending.append(token)
-        piece = self.tokenizer.decode(self.pending)
-        if self.stopped or piece.endswith("\ufffd") and len(self.pending) <= 8:
-            return ""
-        self.pending, held = [], self.held + piece
-        ends = [held.find(stop) for stop in self.stops if stop in held]
-        if ends:
-            self.stopped = True
-            return self.show(held[: min(ends)], "")
-        prefix = max((n for stop in self.stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        held = self.search(self.decoder.decode(self.tokenizer.bytes_of(token)))
+        begun = [n for stop in self.stops for n in range(len(stop)) if held.endswith(stop[:n])]
+        prefix = 0 if self.stopped else max(begun, default=0)
         return self.show(held[: len(held) - prefix], held[len(held) - prefix :])
 
     def end(self) -> str:
         """What was held back, as nothing more will come."""
-        return "" if self.stopped else self.show(self.held + self.tokenizer.decode(self.pending), "")
+        return self.show(self.search(self.decoder.decode(b"", final=True)), "")
+
+    def search(self, piece: str) -> str:
+        """The text not yet shown, up to the stop string that begins first in it; nothing follows one."""
+        held = "" if self.stopped else self.held + piece
+        ends = [held.find(stop) for stop in self.stops if stop in held]
+        self.stopped |= bool(ends)
+        return held[: min(ends)] if ends else held
 
     def show(self, text: str, held: str) -> str:
         self.text, self.held = self.text + text, held
@@ -158,9 +163,10 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def read_text(path: str, what: str) -> str:
     """A file's text. ValueError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        return Path(path).read_bytes().decode("utf-8-sig")  # bytes: line ends stay what they are
+    except (OSError, ValueError) as error:
+        undecoded = isinstance(error, UnicodeDecodeError)
+        reason = "it is not UTF-8 text" if undecoded else getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read the {what} {path}: {reason}") from None
 
 
@@ -236,10 +242,9 @@ def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Print how likely a file's text is: in nats, and in bits per byte, which compares across tokenizers."""
     text = read_text(config.score, "text")
     tokens = prompt_tokens(tokenizer, text)
-    counted = len(text.encode("utf-8", "replace")) - (
-        0 if tokenizer.eot_id is not None else len(tokenizer.decode(tokens[:1]).encode())  # the first token is given
-    )
-    if len(tokens) < 2 or not text:
+    given = 0 if tokenizer.eot_id is not None else len(tokenizer.bytes_of(tokens[0]))  # the first token is given
+    counted = len(text.encode()) - given
+    if len(tokens) < 2 or counted < 1:
         raise ValueError(f"{config.score} holds too little text to score")
 
     def measure() -> dict:
@@ -316,8 +321,8 @@ def save_text(path: str, text: str) -> None:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text + "\n")
         note(f"saved to {path}")
-    except OSError as error:
-        note(f"/save FILE: cannot write {path!r}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        note(f"/save FILE: cannot write {path!r}: {getattr(error, 'strerror', None) or error}")
 
 
 def main() -> None:

@@ -111,7 +111,9 @@ class Task:
     batch: Callable[[int, slice], dict[str, Tensor]]  # (step, rows of that step's whole batch) → a micro-batch
     validation: Callable[[int, int], Iterator[dict[str, Tensor]]]  # (rank, world_size) → that process's share
     tokens_per_byte: float  # of the validation text; turns a loss per token into bits per byte
+    tokens_per_step: int  # on average
     tokenizer: Tokenizer
+    preview: Callable[[GPT], str]  # what to show of the model as it is now, at every sample_interval
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class Trainer:
             self.network = DistributedDataParallel(self.evaluator, broadcast_buffers=False)  # they are constants
         self.saved_step = self.state["step"]  # nothing to save or evaluate there
         self.pending: list[Tensor] = []  # loss and gradient norm of steps that nobody has waited for
-        self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
+        self.tokens_per_step = task.tokens_per_step
         self.peak_flops = peak_flops(process.device, process.dtype)
 
     def train(self) -> None:
@@ -151,7 +153,7 @@ class Trainer:
         config, state = self.config, self.state
         self.begin = time.perf_counter() - state["seconds"]
         self.clock = time.perf_counter()
-        settings = asdict(config) | asdict(self.model.config)
+        settings = vars(config) | asdict(self.model.config)
         self.log = Log(config, settings, self.process.rank == 0, state["step"])
         with closing(self.log), closing(self), interruptible(self.process.world_size == 1) as caught:
             while True:
@@ -252,7 +254,9 @@ class Trainer:
                 self.save(metrics["val_loss"])
         self.log.show_evaluation(event)  # after saving: a terminal that is gone costs nothing
         if config.sample_interval and state["step"] % config.sample_interval == 0 and self.process.rank == 0:
-            self.log.say(preview(self.model, self.task.tokenizer, config.seed))
+            self.model.eval()
+            self.log.say(self.task.preview(self.model))
+            self.model.train()
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
 
     def save(self, val_loss: float | None) -> None:
@@ -320,12 +324,10 @@ def broken_down(what: str, out_dir: str) -> str:
 
 def preview(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
     """A short text from the model as it is now."""
-    model.eval()
     prompt = prompt_tokens(tokenizer, "")
     (tokens,) = generate(
         model, [prompt], 200, temperature=0.8, eos_id=tokenizer.eot_id, vocab_size=tokenizer.vocab_size, seed=seed
     )
-    model.train()
     return tokenizer.decode(t for t in tokens if t != tokenizer.eot_id)
 
 
@@ -342,14 +344,24 @@ def configure(argv: list[str]) -> tuple[TrainConfig, GPTConfig]:
     if init_from == "scratch":
         return tuple(build(given, TrainConfig, GPTConfig))
     source = given.get("out_dir", (TrainConfig.out_dir,))[0] if init_from == "resume" else init_from
+    if init_from == "resume" and checkpoint.load_config(source)["chat"] is not None:
+        raise ValueError(f"{source} is a fine-tuned run: go on with finetune.py")
+    return tuple(on_top_of(source, init_from == "resume", given, TrainConfig, GPTConfig))
+
+
+def on_top_of(source: str, resuming: bool, given: dict, *classes: type) -> list:
+    """The configs, with what the run in source says where nothing was given; ValueError if another model is asked for.
+
+    given: as `read_arguments` returns it. classes: of TrainConfig's kind, the last one is GPTConfig.
+    """
     run = checkpoint.load_config(source)
-    base = run["model"] | (run["train"] if init_from == "resume" else {})
+    base = run["model"] | (run["train"] if resuming else {})
     values = {key: (value, f"{source}/config.json") for key, value in base.items()} | given
-    config, model_config = build(values, TrainConfig, GPTConfig)
+    config, *others, model_config = build(values, *classes)
     for key, now in asdict(model_config).items() | {("optimizer", config.optimizer)}:
         if key not in MAY_CHANGE and now != base.get(key, now) and (key, now) != ("vocab_size", 0):
             raise ValueError(f"{key} is {base[key]} in {source} and cannot become {now}: train a new model for that")
-    return config, model_config
+    return [config, *others, model_config]
 
 
 def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causal: bool) -> Task:
@@ -370,13 +382,21 @@ def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causa
         for idx, targets in corpus.windows("val", block_size, config.batch_size, **part):
             yield {"idx": idx, "targets": targets}
 
-    return Task(batch, validation, corpus.num_tokens("val") / corpus.num_bytes("val"), corpus.tokenizer)
+    return Task(
+        batch, validation, corpus.num_tokens("val") / corpus.num_bytes("val"), whole * block_size, corpus.tokenizer,
+        lambda model: preview(model, corpus.tokenizer, config.seed),
+    )  # fmt: skip
+
+
+def dataset_folder(dataset: str, file: str) -> Path:
+    """The data set of that name under data/, or at that path if the file is there."""
+    named = Path(os.path.relpath(Path(__file__).parent / "data" / dataset))
+    return named if named.is_dir() and not Path(dataset, file).exists() else Path(dataset)
 
 
 def open_corpus(dataset: str) -> Corpus:
     """The corpus of that name under data/, or at that path."""
-    named = Path(os.path.relpath(Path(__file__).parent / "data" / dataset))
-    corpus = Corpus(named if named.is_dir() and not Path(dataset, "meta.json").exists() else dataset)
+    corpus = Corpus(dataset_folder(dataset, "meta.json"))
     if corpus.num_tokens("train") < 2**28:  # a second of checksums is worth it, minutes are not
         corpus.verify()
     return corpus
@@ -401,23 +421,36 @@ def start(
             f"vocab_size={model_config.vocab_size} is less than the corpus's {corpus.vocab_size} token ids"
         )
     torch.manual_seed(config.seed)
-    model, state = GPT(model_config), None
-    source, resuming = config.init_from, False
-    if source == "resume":
+    model = GPT(model_config)
+    if config.init_from == "resume":
         check_tokenizers(corpus, config.out_dir)
-        resuming = bool(checkpoint.list_checkpoints(config.out_dir))
-        source = config.out_dir if resuming else first_init_from(config)  # killed before it saved: start over
-    if source != "scratch":
+    source, path = weights_from(config)
+    if path:
         check_tokenizers(corpus, source)
-        path = checkpoint.find_checkpoint(source, "latest" if resuming else "best")
         checkpoint.verify(path)
         checkpoint.load_weights(model, path)
-        state = checkpoint.read_state(path) if resuming else None
+    return model, *set_up(model, config, process, path)
+
+
+def weights_from(config: TrainConfig) -> tuple[str, Path | None]:
+    """The run that the weights come from, and its checkpoint: None for "scratch"."""
+    source, resuming = config.init_from, False
+    if source == "resume":
+        resuming = bool(checkpoint.list_checkpoints(config.out_dir))
+        source = config.out_dir if resuming else first_init_from(config)  # killed before it saved: start over
+    if source == "scratch":
+        return source, None
+    return source, checkpoint.find_checkpoint(source, "latest" if resuming else "best")
+
+
+def set_up(model: GPT, config: TrainConfig, process: Process, path: Path | None) -> tuple[list, dict | None]:
+    """Move the model to its device; its optimizers, and the state to go on from if path is of the run itself."""
     model.to(process.device)
-    optimizers = make_optimizers(model, config)
-    if state:
+    optimizers, state = make_optimizers(model, config), None
+    if config.init_from == "resume" and path and path.is_relative_to(config.out_dir):
+        state = checkpoint.read_state(path)
         checkpoint.load_optimizers(model, optimizers, path)
-    return model, optimizers, state
+    return optimizers, state
 
 
 def first_init_from(config: TrainConfig) -> str:
@@ -425,18 +458,56 @@ def first_init_from(config: TrainConfig) -> str:
     return checkpoint.load_config(config.out_dir)["train"].get("init_from", "scratch")
 
 
-def open_run(config: TrainConfig, model_config: GPTConfig, corpus: Corpus, state: dict | None) -> TextIO:
+def open_run(
+    config: TrainConfig,
+    model_config: GPTConfig,
+    tokenizer: Tokenizer,
+    state: dict | None,
+    more: dict,
+    chat: dict | None,
+) -> TextIO:
     """Make the run's folder, or rewind its log to the checkpoint that it goes on from; returns the lock on it."""
     init_from = config.init_from
     lock = checkpoint.lock_run(config.out_dir) if Path(config.out_dir, ".lock").exists() else None
     if init_from == "resume":
         init_from = first_init_from(config)
         rewind_log(config.out_dir, state["step"] if state else -1)
-    elif aside := checkpoint.start_run(config.out_dir, corpus.tokenizer):
+    elif aside := checkpoint.start_run(config.out_dir, tokenizer):
         print(f"{config.out_dir} held a run already: it is now {aside}")
         lock = None  # it went with the folder
-    checkpoint.save_config(config.out_dir, asdict(model_config), asdict(config) | {"init_from": init_from})
+    settings = asdict(config) | more | {"init_from": init_from}
+    checkpoint.save_config(config.out_dir, asdict(model_config), settings, chat)
     return lock or checkpoint.lock_run(config.out_dir)
+
+
+def run(
+    config: TrainConfig, model: GPT, optimizers: list, task: Task, state: dict | None, process: Process, about: str,
+    more: dict | None = None, chat: dict | None = None,
+) -> None:  # fmt: skip
+    """Only evaluate, if the config says so; else open the run's folder, tell what it is about, and train.
+
+    more, chat: what config.json is to hold besides the two configs (see finetune.py).
+    """
+    if config.eval_only:
+        metrics = evaluate(model, task, process)
+        if process.rank == 0:
+            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return
+    if state and state["step"] >= config.max_iters:
+        if process.rank == 0:
+            print(f"{config.out_dir} has done {state['step']} of {config.max_iters} steps: --max_iters=N goes on")
+        return
+    process.total(0)  # all have read what open_run may move
+    lock = None
+    try:
+        if process.rank == 0:
+            lock = open_run(config, model.config, task.tokenizer, state, more or {}, chat)
+            print(about)
+            print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
+        Trainer(model, optimizers, task, config, process, state).train()
+    finally:
+        if lock:
+            lock.close()
 
 
 def main() -> None:
@@ -446,29 +517,13 @@ def main() -> None:
     config, model_config = configure(sys.argv[1:])
     corpus = open_corpus(config.dataset)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
-    lock = None
     try:
         model, optimizers, state = start(config, model_config, corpus, process)
         task = pretraining_task(corpus, config, model_config.block_size, model_config.causal)
-        if config.eval_only:
-            metrics = evaluate(model, task, process)
-            if process.rank == 0:
-                print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            return
-        if state and state["step"] >= config.max_iters:
-            if process.rank == 0:
-                print(f"{config.out_dir} has done {state['step']} of {config.max_iters} steps: --max_iters=N goes on")
-            return
-        process.total(0)  # all have read what open_run may move
-        if process.rank == 0:
-            lock = open_run(config, model_config, corpus, state)
-            counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
-            print(f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}")
-            print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
-        Trainer(model, optimizers, task, config, process, state).train()
+        counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
+        about = f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}"
+        run(config, model, optimizers, task, state, process, about)
     finally:
-        if lock:
-            lock.close()
         stop_process(process)
 
 

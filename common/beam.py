@@ -2,7 +2,8 @@
 
 Notable: a prompt and all its beams share one row of the cache. Each step adds W slots to the row, one per beam, and
 `visible` says which slots are a beam's own past. To drop one beam and go on twice with another is to copy a row of
-booleans; no key or value is ever moved, and the prompt's are there once.
+booleans, no key or value, and the prompt's are there once. (When a prompt of the batch is done, the others' cache is
+copied to be rid of it; when the context is full, what each beam still sees is read again.)
 The rules are those of transformers' generate(num_beams=W, early_stopping="never"): nothing is stopped that could win.
 """
 
@@ -76,7 +77,7 @@ def beam_search(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, *, num_beams: int = 4, length_penalty: float = 1.0,
     eos_id: int | None = None, num_return: int = 1, vocab_size: int | None = None,
 ) -> list[list[Hypothesis]]:  # fmt: skip
-    """The num_return best continuations of each prompt, best first, of at most max_new_tokens tokens.
+    """The num_return best continuations of each prompt, or all there are, best first, of at most max_new_tokens.
 
     prompts: token lists of any lengths of at least 1. Hypotheses are compared by log-probability / length^α, with
     α = length_penalty [after Wu et al. 2016, section 7]: 0 takes the likeliest, which favours short ones, 1 the mean.
@@ -97,7 +98,7 @@ def beam_search(
         longest = max(len(s.prompt) + step - start for s, start in zip(live, starts, strict=True))
         return W * min(max_new_tokens - 1 - step, block_size - longest)
 
-    for step in range(max_new_tokens):
+    for step in range(max_new_tokens if prompts else 0):
         lengths = [len(search.prompt) + step for search in live]
         now = [context_start(n, block_size) for n in lengths]
         if now != starts:  # at first, and whenever a context is full: read what each beam still sees

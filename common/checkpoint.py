@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.chat import TOKENS
+from common.lora import add_lora, merge_lora
 from common.tokenizer import FILE_NAME as TOKENIZER_FILE
 from common.tokenizer import Tokenizer, load_tokenizer, write_json
 from model import GPT, GPTConfig
@@ -63,13 +65,17 @@ def lock_run(out_dir: str | Path) -> TextIO:
     return file
 
 
-def save_config(out_dir: str, model: dict, train: dict) -> None:
-    """Write config.json."""
-    write_json(Path(out_dir) / "config.json", {"model": model, "train": train})
+def save_config(out_dir: str, model: dict, train: dict, chat: dict | None = None) -> None:
+    """Write config.json; chat: of a fine-tuned run, see finetune.py."""
+    config = {"model": model, "train": train} | ({"chat": chat} if chat is not None else {})
+    write_json(Path(out_dir) / "config.json", config)
 
 
 def load_config(out_dir: str | Path) -> dict:
-    """{"model": GPTConfig's fields, "train": TrainConfig's} of a run. ValueError: no such run, or a damaged file."""
+    """{"model": GPTConfig's fields, "train": TrainConfig's, "chat": None or what finetune.py adds} of a run.
+
+    ValueError: no such run, or a damaged file.
+    """
     path = Path(out_dir) / "config.json"
     if Path(out_dir).is_file():
         raise ValueError(f"{out_dir} is a file; give the folder of a run, such as one that train.py wrote")
@@ -77,8 +83,10 @@ def load_config(out_dir: str | Path) -> dict:
         raise ValueError(f"no run in {out_dir} (no config.json there): train one first, or correct the path")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {"model": dict(config["model"]), "train": dict(config["train"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        chat = config.get("chat")
+        chat = chat if chat is None else dict(chat)
+        return {"model": dict(config["model"]), "train": dict(config["train"]), "chat": chat}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not the config.json of a run") from None
 
 
@@ -115,14 +123,21 @@ def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: di
 def write_checkpoint(folder: Path, model: GPT, optimizers: list, state: dict) -> None:
     """The files of a checkpoint, on the disk when this returns."""
     folder.mkdir(parents=True)
-    # named_parameters() names a tied weight once, and leaves out the tables that are made from the config
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / FILES[0])
+    save_file({name: p.detach().contiguous() for name, p in trained_weights(model).items()}, folder / FILES[0])
     save_file(optimizer_tensors(model, optimizers), folder / FILES[1])
     (folder / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
     manifest = {"files": {name: sha256(folder / name) for name in FILES}}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in (*FILES, "manifest.json", "."):
         sync(folder / name)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: all weights but frozen ones, which are those of another run (LoRA).
+
+    named_parameters() names a tied weight once, and leaves out the tables that are made from the config.
+    """
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def delete(checkpoint: Path) -> None:
@@ -220,7 +235,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Copy the checkpoint's weights into the model. ValueError if the two do not fit together."""
-    weights, parameters = read_tensors(checkpoint / FILES[0]), dict(model.named_parameters())
+    weights, parameters = read_tensors(checkpoint / FILES[0]), trained_weights(model)
     for name in sorted(weights.keys() | parameters.keys()):
         given, wanted = (tuple(d[name].shape) if name in d else "none" for d in (weights, parameters))
         if given != wanted:
@@ -244,17 +259,71 @@ def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:
 def load_model(
     out_dir: str | Path, which: str = "best", device: torch.device | str = "cpu"
 ) -> tuple[GPT, Tokenizer, Path]:
-    """A run's model in evaluation mode, its tokenizer, and the verified checkpoint they came from."""
+    """A run's model in evaluation mode, its tokenizer, and the verified checkpoint they came from.
+
+    Of a run with LoRA, the base model with the corrections merged into it.
+    """
     config = load_config(out_dir)
     checkpoint = find_checkpoint(out_dir, which)
     verify(checkpoint)
-    try:
-        model = GPT(GPTConfig(**config["model"]))
-    except TypeError as error:
-        raise ValueError(f"{out_dir}/config.json does not describe a model: {error}") from None
-    load_weights(model, checkpoint)
+    lora = (config["chat"] or {}).get("lora")
     tokenizer = load_tokenizer(out_dir)
+    if lora:
+        model = load_base(lora["base"], lora["checkpoint"], tokenizer)[0]
+        add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
+        load_weights(model, checkpoint)
+        merge_lora(model)
+    else:
+        model = new_model(out_dir, config["model"])
+        load_weights(model, checkpoint)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} token ids, the model {model.config.vocab_size}"
         raise ValueError(f"{out_dir}/{TOKENIZER_FILE} is not the one the model was trained with: it has {sizes}")
     return model.to(device).eval(), tokenizer, checkpoint
+
+
+def new_model(out_dir: str | Path, config: dict) -> GPT:
+    """A model of the shape that the run's config.json tells."""
+    try:
+        return GPT(GPTConfig(**config))
+    except TypeError as error:
+        raise ValueError(f"{out_dir}/config.json does not describe a model: {error}") from None
+
+
+def load_base(out_dir: str, which: str, tokenizer: Tokenizer) -> tuple[GPT, Path]:
+    """The model to fine-tune, from a run and its checkpoint, and that checkpoint.
+
+    For a base model the embeddings of the chat template's tokens are made anew, added where the model has none: it has
+    never seen one. ValueError unless `tokenizer` is the run's, perhaps with special tokens added.
+    """
+    own = load_tokenizer(out_dir).content()
+    content = tokenizer.content()
+    if own not in (content, content.get("base")):
+        raise ValueError(f"{out_dir} was trained with another tokenizer")
+    model, _, checkpoint = load_model(out_dir, which)
+    if load_config(out_dir)["chat"] is None:
+        grow(model, tokenizer.vocab_size, [tokenizer.special_tokens[name] for name in TOKENS])
+    return model, checkpoint
+
+
+@torch.no_grad()
+def grow(model: GPT, vocab_size: int, unseen: list[int]) -> None:
+    """Give the model at least vocab_size token ids, and the unseen ones an embedding: the mean of all, and some noise.
+
+    The mean makes a new token about as likely as any [Hewitt 2021]; the noise lets equal ones learn to differ.
+    """
+    old = model.config.vocab_size
+    model.config.vocab_size = max(old, vocab_size)
+    noise = torch.Generator().manual_seed(0)
+    known = [token for token in range(old) if token not in unseen]
+    for layer in {model.tok_emb, model.head}:
+        weight = layer.weight
+        if len(weight) < vocab_size:
+            weight = torch.cat((weight, weight.new_zeros(vocab_size - old, weight.size(1))))
+        mean, std = weight[known].mean(0), weight[known].std(0)
+        for token in unseen:
+            weight[token] = mean + 0.1 * std * torch.randn(std.shape, generator=noise)
+        layer.weight = nn.Parameter(weight)
+    if model.config.tie_embeddings:
+        model.head.weight = model.tok_emb.weight
+    model.tok_emb.num_embeddings = model.head.out_features = model.config.vocab_size

@@ -134,12 +134,17 @@ def build(values: dict[str, tuple[object, str]], *classes: type) -> list:
     return [c(**{f.name: converted[f.name] for f in dataclasses.fields(c) if f.name in converted}) for c in classes]
 
 
-def help_text(usage: str, *classes: type) -> str:
-    """What --help prints: every key with its default and the comment that stands behind it in the source."""
+def help_text(usage: str, *classes: type, defaults: dict[str, object] | None = None) -> str:
+    """What --help prints: every key with its default and the comment that stands behind it in the source.
+
+    defaults: those that are not the dataclass's.
+    """
     lines = [usage.strip()]
     for c in classes:
         lines.append(f"\n{c.__name__}:")
         comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(c), re.MULTILINE))
         for f in dataclasses.fields(c):
-            lines.append(f"  --{f.name}={f.default}".ljust(38) + f" {comments.get(f.name, '')}")
+            lines.append(
+                f"  --{f.name}={(defaults or {}).get(f.name, f.default)}".ljust(38) + f" {comments.get(f.name, '')}"
+            )
     return "\n".join(lines)

@@ -288,7 +288,7 @@ class Corpus:
         count = max(1, (len(tokens) - 1) // block_size - 1)
         block = np.empty((len(range(batch_size)[rows]), block_size + 1), dtype=np.int64)  # (B, T+1)
         for row, number in zip(block, range(step * batch_size, (step + 1) * batch_size)[rows], strict=True):
-            offset, order = _epoch(seed, number // count, count, len(tokens) - 1 - count * block_size)
+            offset, order = epoch_order(seed, number // count, count, len(tokens) - 1 - count * block_size)
             start = offset + block_size * order[number % count]
             row[:] = tokens[start : start + block_size + 1]
         block = torch.from_numpy(block)
@@ -333,7 +333,7 @@ class Corpus:
 
 
 @lru_cache(maxsize=2)  # a step may lie across two epochs
-def _epoch(seed: int, epoch: int, count: int, spare: int) -> tuple[int, np.ndarray]:
+def epoch_order(seed: int, epoch: int, count: int, spare: int = 0) -> tuple[int, np.ndarray]:
     """The epoch's offset, 0 to spare, and its order of the count windows."""
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(spare + 1)), rng.permutation(count)

@@ -1,6 +1,6 @@
 """From a model to tokens, one at a time: greedy, or drawn at random with temperature, top-k, top-p and min-p.
 
-Notable: the prompt is read once and every further token costs one step through the KV cache; prompts of different
+Notable: a prompt is read once, and every further token costs one step through the KV cache; prompts of different
 lengths share a batch, equal ones their reading; row i's random numbers come from seed + i alone, so that its text does
 not depend on what else is in the batch. When the context is full, its older half is dropped and the newer half read
 again (`context_start`). Beam search is in `beam.py`.
@@ -16,6 +16,7 @@ from torch import Tensor
 from common.fast import next_step
 from model import GPT, KVCache
 
+DRAWN = 1024  # random numbers drawn at once per row
 SCORE_BATCH = 8  # windows of a text that are read at once to score it
 
 
@@ -51,7 +52,8 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # however low the temperature, 0 stays 0
     order = None
     if 0 < top_k < logits.size(-1):
         logits, order = logits.topk(top_k)
@@ -109,27 +111,28 @@ def stream(
     check_prompts(prompts, model.config.vocab_size)
     rows, B = [list(prompt) for prompt in prompts], len(prompts)
     device, block_size = model.tok_emb.weight.device, model.config.block_size
-    draws = np.stack([np.random.default_rng(seed + i).random(max_new_tokens) for i in range(B)])
-    uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
+    draws = [np.random.default_rng(seed + i) for i in range(B)]
     seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
         for i, row in enumerate(rows):
             seen[i, row] = True
     alive, starts, step_model = [True] * B, None, None
-    for step in range(max_new_tokens):
+    for step in range(max_new_tokens if rows else 0):
+        if step % DRAWN == 0:
+            uniforms = torch.from_numpy(np.stack([draw.random(DRAWN) for draw in draws])).to(device)  # (B, DRAWN)
         now = [context_start(len(row), block_size) for row in rows]
         if now != starts:  # at first, and whenever a context is full: read what each row still sees
             starts, windows = now, [row[start:] for row, start in zip(rows, now, strict=True)]
             room = min(max_new_tokens - 1 - step, block_size - max(map(len, windows)))
+            step_model = cache = None  # before new memory is asked for
             logits, cache = read(model, windows, room)
-            step_model = None
         else:
             step_model = step_model or next_step(model, cache)
             logits = step_model(torch.tensor([row[-1:] for row in rows], device=device))[:, -1]
         logits = logits[:, :vocab_size]
         scores = logits if seen is None else penalize(logits, seen[:, :vocab_size], repetition_penalty)
-        tokens = choose(scores, uniforms[:, step], temperature, top_k, top_p, min_p)
+        tokens = choose(scores, uniforms[:, step % DRAWN], temperature, top_k, top_p, min_p)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         logprobs = (logits.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).tolist()
@@ -152,6 +155,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **option
 @torch.inference_mode()
 def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None) -> Tensor:
     """log p of each token but the first, (n - 1,), given what generation would see of those before it."""
+    if not model.config.causal:
+        raise ValueError("causal=False: a model that sees its future gives no probabilities of a text")
     check_prompts([tokens], model.config.vocab_size)
     block_size, device = model.config.block_size, model.tok_emb.weight.device
     windows, start, done = [], 0, 1  # `done` tokens have their probability
@@ -163,7 +168,8 @@ def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None)
     parts = [torch.zeros(0)]
     for i in range(0, len(windows), SCORE_BATCH):
         batch = windows[i : i + SCORE_BATCH]
-        idx = [tokens[start:end] + [0] * (block_size - end + start) for start, _, end in batch]
+        T = max(end - start for start, _, end in batch)
+        idx = [tokens[start:end] + [0] * (T - end + start) for start, _, end in batch]
         logits, _ = model(torch.tensor(idx, device=device))
         for row, (start, done, end) in zip(logits, batch, strict=True):
             logprobs = row[done - start - 1 : end - start, :vocab_size].float().log_softmax(-1)

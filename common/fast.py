@@ -1,7 +1,8 @@
 """The same model, faster at decoding: weights laid out for few rows, weights as bytes, a step as a CUDA graph.
 
 All of it is applied from outside to a model that knows nothing of it, and only for decoding: such a model can neither
-be trained nor saved. Each is proven equal to the plain model in tests/test_fast.py; the loss of int8 is measured.
+be trained nor saved. Each but int8 is proven equal to the plain model in tests/test_fast.py; what int8 loses,
+`sample.py --score=FILE --quantize=int8` tells.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from model import GPT, Head, KVCache
 
+WORTH_RECORDING = 8  # steps from which a CUDA graph saves more time than its recording takes
 ROWS = 16  # rows that packed weights are laid out for; it serves 1 as well, and thousands
 
 
@@ -63,8 +65,8 @@ class Int8Linear(nn.Module):
         rows = F.pad(x.flatten(0, -2), self.pad)
         if len(rows) <= ROWS:  # the kernel takes activations in bfloat16
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
-        else:  # a prompt: its arithmetic takes longer than to unpack the weights once
-            y = F.linear(rows, self.q.float() * self.scale[:, None])
+        else:  # a prompt, rounded alike: its arithmetic takes longer than to unpack the weights once
+            y = F.linear(rows.bfloat16().float(), self.q.float()).bfloat16().float() * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
@@ -90,7 +92,8 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
 
 def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """A function from one token per row (B, 1) to logits (B, 1, V), which adds the tokens to the cache."""
-    if cache.k.device.type == "cuda":
+    room = cache.k.size(3) - cache.used
+    if cache.k.device.type == "cuda" and room >= WORTH_RECORDING:
         return GraphedStep(model, cache)
     return lambda idx: model(idx, cache=cache)[0]
 
@@ -102,20 +105,24 @@ class GraphedStep:
     """
 
     def __init__(self, model: GPT, cache: KVCache):
+        self.model, self.cache, self.device = model, cache, cache.k.device  # the graph knows addresses: they must stay
         cache.freeze()
-        self.idx = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.k.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels and workspaces are chosen in the first calls, which cannot be recorded
-            for _ in range(2):
-                model(self.idx, cache=cache)
-                cache.rewind()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits, _ = model(self.idx, cache=cache)
+        self.idx = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=self.device)
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # the first calls choose kernels and workspaces, and cannot be recorded
+                for _ in range(2):
+                    model(self.idx, cache=cache)
+                    cache.slots -= 1  # forget the token again: the next one takes its slot
+                    cache.lengths -= 1
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.logits, _ = model(self.idx, cache=cache)
 
     def __call__(self, idx: Tensor) -> Tensor:
-        self.idx.copy_(idx)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.idx.copy_(idx)
+            self.graph.replay()
         return self.logits

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpe
+from common.chat import Message
 from common.dataset import SPLITS, Document, parts_of, pieces, write_corpus
 from common.tokenizer import BPETokenizer, tokenizer_from_name
 
@@ -135,6 +136,51 @@ def report(folder: str | Path, meta: dict) -> None:
         print(f"  {split:5} {documents:>13,} documents {size:>16,} bytes of text {tokens:>16,} tokens")
 
 
+# --- conversations -----------------------------------------------------------------------------------------------
+
+
+def conversation_parser(description: str, *, output: Path | None, val_fraction: float) -> argparse.ArgumentParser:
+    """A parser with the options that all commands for conversations have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "; default: %(default)s" if output else ""
+    text = f"folder to write train.jsonl and val.jsonl to{default}"
+    parser.add_argument("--output", default=output, required=output is None, metavar="DIR", help=text)
+    text = "share kept for validation; default: %(default)s"
+    parser.add_argument("--val_fraction", default=val_fraction, type=float, metavar="F", help=text)
+    return parser
+
+
+def by_question(conversations: Iterable[list[Message]], val_fraction: float) -> Iterator[tuple[str, list[Message]]]:
+    """(split, messages): a hash of the first user message decides, so that no question is in both splits."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.05")
+    for messages in conversations:
+        question = next(message["content"] for message in messages if message["role"] == "user")
+        yield split_of(question, val_fraction), messages
+
+
+def write_conversations(folder: str | Path, conversations: Iterable[tuple[str, list[Message]]]) -> None:
+    """Write each split's different conversations as JSON lines, and report them. ValueError for an empty split.
+
+    An old data set in `folder` stays until the new one is complete.
+    """
+    folder, lines = Path(folder), {split: {} for split in SPLITS}
+    repeated = 0
+    for split, messages in conversations:
+        line = json.dumps({"messages": messages}, ensure_ascii=False)
+        repeated += line in lines[split]
+        lines[split][line] = sum(len(message["content"].encode()) for message in messages)
+    for split in SPLITS:
+        if not lines[split]:
+            raise ValueError(f"the {split} split is empty: give more conversations, or another --val_fraction")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in reversed(SPLITS):  # train.jsonl comes last: it is what tells that both are there
+        bpe.write_whole(folder / f"{split}.jsonl", "\n".join(lines[split]))
+    print(f"{os.path.relpath(folder)}:" + (f" {repeated:,} repeated conversations left out" if repeated else ""))
+    for split in SPLITS:
+        print(f"  {split:5} {len(lines[split]):>9,} conversations {sum(lines[split].values()):>13,} bytes of text")
+
+
 # --- documents ---------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +210,16 @@ def tiny_shakespeare(path: str | None) -> list[Document]:
 
 def _download_shakespeare() -> bytes:
     """The file from the network; ValueError when it does not come, or is not the one we know."""
-    url = SHAKESPEARE_URL
+    content = download(SHAKESPEARE_URL)
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"what {SHAKESPEARE_URL} sent is not tiny Shakespeare (its SHA-256 differs): pass a copy with --input FILE"
+        )
+    return content
+
+
+def download(url: str) -> bytes:
+    """What the address sends; ValueError when it does not come."""
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             size = int(response.headers.get("Content-Length") or 0) or None
@@ -175,10 +230,8 @@ def _download_shakespeare() -> bytes:
                     bar.update(len(block))
     except OSError as error:
         raise ValueError(f"no download ({error}): get the file from {url} and pass it with --input FILE") from None
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"what {url} sent is not tiny Shakespeare (its SHA-256 differs): pass a copy with --input FILE"
-        )
+    if size is not None and len(content) != size:
+        raise ValueError(f"the download of {url} broke off after {len(content)} of {size} bytes: try again")
     return content
 
 

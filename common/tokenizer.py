@@ -1,8 +1,9 @@
 """Text to token ids and back: characters, a vocabulary of bpe.py, or any encoding of tiktoken, behind one interface.
 
-Every tokenizer here has `name`, `vocab_size`, `eot_id` (the id of <|endoftext|>, or None), `encode(text)`,
-`decode(ids)` and `save(folder)`. `encode` treats everything as ordinary text: a special token spelled out in it stays
-text, so that no document can forge the end of a document. `load_tokenizer` reads back what `save` wrote, plain JSON.
+Every tokenizer here has `name`, `vocab_size`, `special_tokens` (spelling → id), `eot_id` (the id of <|endoftext|>, or
+None), `encode(text)`, `decode(ids)`, `bytes_of(id)`, `content()` and `save(folder)`. `encode` treats everything as
+ordinary text: a special token spelled out in it stays text, so that no document can forge the end of a document.
+`load_tokenizer` reads back what `save` wrote, plain JSON.
 """
 
 import difflib
@@ -27,6 +28,7 @@ class CharTokenizer:
             raise ValueError("a char tokenizer needs at least one character: is the text empty?")
         self.name, self.vocab_size = "char", len(self.characters) + eot
         self.eot_id = len(self.characters) if eot else None
+        self.special_tokens = {EOT: self.eot_id} if eot else {}
         self._spellings = [*self.characters, *([EOT] if eot else [])]
         # One entry per Unicode code point, -1 for those without an id: encoding is then one numpy look-up per text.
         self._id_of = np.full(0x110000, -1, dtype=np.int32)
@@ -48,9 +50,14 @@ class CharTokenizer:
         """The text of `ids` (a list, an array, a tensor); <|endoftext|> is spelled out."""
         return "".join(map(self._spellings.__getitem__, _checked(ids, self.vocab_size)))
 
+    def bytes_of(self, token: int) -> bytes:
+        return self._spellings[token].encode("utf-8", "surrogatepass")
+
+    def content(self) -> dict:
+        return {"kind": "char", "characters": self.characters, "eot": self.eot_id is not None}
+
     def save(self, folder: str | os.PathLike) -> None:
-        eot = self.eot_id is not None
-        write_json(Path(folder) / FILE_NAME, {"kind": "char", "characters": self.characters, "eot": eot})
+        write_json(Path(folder) / FILE_NAME, self.content())
 
 
 class TiktokenTokenizer:
@@ -72,7 +79,9 @@ class TiktokenTokenizer:
             ) from None
         self.name = name
         self.vocab_size = self._encoding.n_vocab
-        self.eot_id = self._encoding.eot_token if EOT in self._encoding.special_tokens_set else None
+        names = sorted(self._encoding.special_tokens_set)
+        self.special_tokens = {name: self._encoding.encode_single_token(name) for name in names}
+        self.eot_id = self.special_tokens.get(EOT)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, in which no special token is recognised."""
@@ -82,8 +91,14 @@ class TiktokenTokenizer:
         """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
         return _decoded(self._encoding, _checked(ids, self.vocab_size))
 
+    def bytes_of(self, token: int) -> bytes:
+        return _bytes_of(self._encoding, token)
+
+    def content(self) -> dict:
+        return {"kind": "tiktoken", "encoding": self.name}
+
     def save(self, folder: str | os.PathLike) -> None:
-        write_json(Path(folder) / FILE_NAME, {"kind": "tiktoken", "encoding": self.name})
+        write_json(Path(folder) / FILE_NAME, self.content())
 
 
 class BPETokenizer:
@@ -91,6 +106,7 @@ class BPETokenizer:
 
     def __init__(self, bpe: BPE):
         self.bpe, self.name, self.vocab_size = bpe, "bpe", bpe.vocab_size
+        self.special_tokens = bpe.special_tokens
         self.eot_id = bpe.special_tokens.get(EOT)
 
     def encode(self, text: str) -> list[int]:
@@ -101,11 +117,50 @@ class BPETokenizer:
         """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
         return _decoded(self.bpe.to_tiktoken(), _checked(ids, self.vocab_size))
 
+    def bytes_of(self, token: int) -> bytes:
+        return _bytes_of(self.bpe.to_tiktoken(), token)
+
+    def content(self) -> dict:
+        return self.bpe.content()
+
     def save(self, folder: str | os.PathLike) -> None:
         self.bpe.save(Path(folder) / FILE_NAME)
 
 
-Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer
+class ExtendedTokenizer:
+    """Another tokenizer, with special tokens added behind its last id."""
+
+    def __init__(self, base: "CharTokenizer | TiktokenTokenizer | BPETokenizer", added: list[str]):
+        self.base, self.added, self.name = base, added, base.name
+        self.special_tokens = base.special_tokens | {name: base.vocab_size + i for i, name in enumerate(added)}
+        self.vocab_size, self.eot_id = base.vocab_size + len(added), base.eot_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, in which no special token is recognised."""
+        return self.base.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; the added tokens are spelled out."""
+        text, ordinary = "", []
+        for token in _checked(ids, self.vocab_size):
+            if token < self.base.vocab_size:
+                ordinary.append(token)
+            else:
+                text, ordinary = text + self.base.decode(ordinary) + self.added[token - self.base.vocab_size], []
+        return text + self.base.decode(ordinary)
+
+    def bytes_of(self, token: int) -> bytes:
+        n = self.base.vocab_size
+        return self.base.bytes_of(token) if token < n else self.added[token - n].encode()
+
+    def content(self) -> dict:
+        return {"kind": "extended", "base": self.base.content(), "special_tokens": self.added}
+
+    def save(self, folder: str | os.PathLike) -> None:
+        write_json(Path(folder) / FILE_NAME, self.content())
+
+
+Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -121,6 +176,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise ValueError(f"{str(path)!r} is damaged, or no tokenizer of this project: it is not JSON") from None
+    return _from_content(content, path)
+
+
+def _from_content(content: object, path: Path) -> Tokenizer:
+    """The tokenizer of a file's content; path is for messages only."""
     match content:  # a further kind of tokenizer is one more case here, and one more name in tokenizer_from_name
         case {"kind": "char", "characters": str(characters), "eot": bool(eot)}:
             tokenizer = CharTokenizer(characters, eot)
@@ -130,7 +190,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         case {"kind": "tiktoken", "encoding": str(name)}:
             return TiktokenTokenizer(name)
         case {"format": "plaingpt-bpe"}:
-            return BPETokenizer(BPE.load(path))
+            return BPETokenizer(BPE.from_content(content, path))
+        case {"kind": "extended", "base": dict(base), "special_tokens": [*added]} if base.get("kind") != "extended":
+            return ExtendedTokenizer(_from_content(base, path), [str(name) for name in added])
     hint = (
         "; for Hugging Face's: python -m common.tokenizer_json import"
         if isinstance(content, dict) and "model" in content

@@ -7,6 +7,7 @@ import torch
 
 from common.beam import beam_search
 from common.decode import context_start, generate
+from model import GPT, KVCache
 from tests.helpers import POSITIONS
 from tests.twins import gpt2_twins, qwen3_twins
 
@@ -163,13 +164,27 @@ def test_a_prompts_beams_do_not_depend_on_what_else_is_in_the_batch(tiny_gpt, bl
 
 @pytest.mark.parametrize("kind", ["flash", "math"])
 def test_beams_leave_the_keys_of_the_prompt_where_they_are(tiny_gpt, kind, monkeypatch):
-    from model import KVCache
-
     model, regroup, caches = tiny_gpt(attention=kind, block_size=64), KVCache.regroup, []
     monkeypatch.setattr(KVCache, "regroup", lambda *args: caches.append(regroup(*args)) or caches[-1])
     beam_search(model, PROMPTS, 10, num_beams=4)
     (cache,) = caches  # read once, and never copied again
     assert cache.k.shape[1] == len(PROMPTS) and cache.k.shape[3] == 6 + 4 * 9
+
+
+def test_a_search_ends_when_nothing_open_can_win(tiny_gpt, monkeypatch):
+    model, forward, steps = tiny_gpt(block_size=64, tie_embeddings=False), GPT.forward, []
+    eos_id = generate(model, [PROMPTS[0]], 1, temperature=0)[0][0]  # the end is the likeliest continuation
+    model.head.weight.data[eos_id] *= 3
+    monkeypatch.setattr(GPT, "forward", lambda *args, **more: steps.append(1) or forward(*args, **more))
+    for alpha, W in product((0.0, -1.0, 1.0), (1, 2, 3)):
+        steps.clear()
+        (found,) = beam_search(model, [PROMPTS[0]], 50, num_beams=W, length_penalty=alpha, eos_id=eos_id)
+        assert found[0].tokens[-1] == eos_id
+        assert len(steps) < 50 and (alpha > 0 or len(steps) <= 2 * W)
+
+
+def test_no_prompts_no_texts(tiny_gpt):
+    assert beam_search(tiny_gpt(), [], 5) == generate(tiny_gpt(), [], 5) == []
 
 
 def test_the_vocabulary_may_be_smaller_than_the_models(tiny_gpt):

@@ -162,8 +162,10 @@ def test_the_score_of_a_text_is_its_likelihood_in_bits_per_byte(sample, tmp_path
     assert re.search(r"int8: \d\.\d{4} \([+-]0\.0", shown)
 
 
-def test_generating_in_bytes_gives_text_too(sample):
-    assert len(sample("--prompt=the", "--quantize=int8").stdout) > 10
+def test_generating_in_bytes_is_nearly_generating_in_floats(sample):
+    options = ["--prompt=the quick", "--temperature=0", "--max_new_tokens=10", "--json"]
+    plain, rounded = (json.loads(sample(*options, *more).stdout) for more in ([], ["--quantize=int8"]))
+    assert plain["logprobs"] != rounded["logprobs"] == pytest.approx(plain["logprobs"], abs=0.2)
 
 
 def test_a_chat_remembers_resets_saves_and_says_what_it_cannot_do(sample, tmp_path, monkeypatch):

@@ -113,6 +113,13 @@ def test_a_row_ends_where_the_caller_says_so_and_is_asked_once_per_token(tiny_gp
 
 
 @METHODS
+def test_the_vocabulary_may_be_smaller_than_the_models(tiny_gpt, options):
+    columns = list(stream(tiny_gpt(), PROMPTS, 30, vocab_size=5, **options))
+    assert {token.id for column in columns for token in column} <= set(range(5))
+    assert all(token.logprob <= 0 for column in columns for token in column)
+
+
+@METHODS
 def test_log_probabilities_are_the_models_own(tiny_gpt, options):
     model = tiny_gpt()
     columns = list(stream(model, PROMPTS, 9, **options))
@@ -291,6 +298,12 @@ def test_each_row_draws_by_its_own_number_and_its_own_distribution():
     numbers = torch.tensor([0.05, 0.05, 0.999, 0.999], dtype=torch.float64)
     assert choose(logits, numbers, 1.0, 0, 1.0).tolist() == [0, 0, 4, 4]
     assert choose(logits, numbers, 1.0, 0, 0.01).tolist() == [1, 3, 1, 3]
+
+
+def test_a_temperature_near_zero_is_greedy():
+    logits = torch.randn(50, 23, generator=torch.Generator().manual_seed(0)).double()
+    for temperature in (1e-5, 1e-300, 1e-320):
+        assert torch.equal(choose(logits, torch.rand(50).double(), temperature), logits.argmax(-1))
 
 
 def test_the_ends_of_the_unit_interval_never_draw_what_was_cut_off():

@@ -33,6 +33,7 @@ def test_a_character_that_is_never_finished_is_shown_in_the_end(tiny_encoding):
         (["世界"], "Grüße, 世界!", "Grüße, "),
         (["界"], "世世", "世世"),
         (["t"], "the", ""),
+        ([" "], "a 世", "a"),
         (["the end."], "at the end", "at the end"),
         ([], "the end", "the end"),
     ],
@@ -49,11 +50,27 @@ def test_stop_strings_are_found_across_tokens_and_never_shown_in_part(tiny_encod
     assert shown + new.end() == new.text == expected
 
 
+class BytePairs:
+    """A tokenizer whose tokens end within characters."""
+
+    def bytes_of(self, token):
+        return [b"a", b" \xe4", b"\xb8\x96", b"\x80", b"\xc3", b"\xa9"][token]
+
+
+def test_a_stop_string_before_half_a_character_is_found_and_wrong_bytes_harm_none_that_follow():
+    new = Text(BytePairs(), [" "])
+    assert [new.add(token) for token in (0, 1, 2)] == ["a", "", ""] and new.stopped and new.end() == ""
+    new = Text(BytePairs(), [" "])
+    assert new.add(0) == "a" and new.add(1) == "" and new.end() == "" and new.stopped and new.text == "a"
+    new = Text(BytePairs(), [])
+    assert "".join(new.add(token) for token in [3] * 9 + [4, 5]) == "\ufffd" * 9 + "é"
+
+
 def test_a_prompt_can_be_a_file(tmp_path):
-    (tmp_path / "prompt.txt").write_text("Grüße\n", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_bytes("Grüße\r\n".encode())
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
     assert read_prompt("text: FILE") == "text: FILE"
-    assert read_prompt(f"FILE:{tmp_path}/prompt.txt") == "Grüße\n"
+    assert read_prompt(f"FILE:{tmp_path}/prompt.txt") == "Grüße\r\n"
     for name, reason in {"missing": "No such file", "bytes": "not UTF-8"}.items():
         with pytest.raises(ValueError, match=f"cannot read the prompt file .*{name}: .*{reason}"):
             read_prompt(f"FILE:{tmp_path}/{name}")
@@ -72,8 +89,8 @@ def test_a_prompt_begins_a_document_or_a_line():
 @pytest.mark.parametrize(
     "option", [{"max_new_tokens": 0}, {"num_samples": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0},
                {"top_p": 1.1}, {"seed": -1}, {"temperature": float("nan")}, {"min_p": -0.1}, {"min_p": 1.5},
-               {"repetition_penalty": 0.0}, {"num_beams": 0}, {"quantize": "int4"}, {"stop": '["a", ""]'},
-               {"stop": "[1]"}], ids=str,
+               {"repetition_penalty": 0.0}, {"length_penalty": 11.0}, {"num_beams": 0}, {"quantize": "int4"},
+               {"stop": '["a", ""]'}, {"stop": "[1]"}], ids=str,
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be "):
@@ -88,8 +105,10 @@ def test_impossible_settings_are_refused_by_name(option):
         ({"num_beams": 4, "stop": "x"}, "stop is for drawing tokens one by one"),
         ({"num_beams": 4, "num_samples": 5}, "num_samples=5 texts cannot come from num_beams=4"),
         ({"num_beams": 4, "chat": True}, "--chat shows tokens as they come"),
-        ({"chat": True, "json": True}, "--chat goes with neither --json nor --score"),
-        ({"chat": True, "score": "file"}, "--chat goes with neither --json nor --score"),
+        ({"chat": True, "json": True}, "--chat goes with none of --json, --score, --prompt"),
+        ({"chat": True, "score": "file"}, "--chat goes with none of"),
+        ({"chat": True, "num_samples": 2}, "--chat goes with none of"),
+        ({"score": "file", "prompt": "x"}, "--score measures a text"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(options, sentence):

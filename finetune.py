@@ -1,0 +1,192 @@
+"""Fine-tune a base model into one that answers (SFT): the training loop of train.py, with conversations for batches.
+
+    python finetune.py                                            the demo's model on config/sft_pydocs.py
+    python finetune.py config/sft_alpaca.py --init_from=out/x
+
+Notable: the loss counts what the assistant says and nothing else, as one mean over all response tokens of a step;
+several conversations are packed into a row without seeing each other; LoRA (lora_rank > 0) trains a small correction
+and leaves the base model as it is.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import checkpoint, cli
+from common.chat import Message, Template, read_conversations
+from common.config import help_text, read_arguments
+from common.device import Process, start_process, stop_process
+from common.lora import TARGETS, add_lora
+from common.packing import Examples, Rows, make_examples
+from common.tokenizer import load_tokenizer
+from model import GPT, GPTConfig
+from sample import generate
+from train import Task, TrainConfig, dataset_folder, first_init_from, on_top_of, run, set_up, weights_from
+
+DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "sft_pydocs.py")
+USAGE = """usage: python finetune.py [config/sft_x.py] [--key=value ...]        (no config: config/sft_pydocs.py)
+       torchrun --nproc_per_node=N finetune.py config/sft_x.py [--key=value ...]
+
+Trains the model of the run in init_from on conversations. The keys, with the values that hold where neither the config
+file nor the command line says otherwise:"""
+
+# What fine-tuning wants otherwise than pretraining: a base model is to be changed a little, not made anew.
+DEFAULTS = {"learning_rate": 1e-4, "optimizer": "adamw", "lr_schedule": "cosine", "dataset": "pydocs_sft",
+            "out_dir": "out/sft_pydocs", "init_from": "out/pydocs"}  # fmt: skip
+SHOWN = 3  # held-out questions that are answered aloud
+
+
+@dataclass
+class FinetuneConfig:
+    packing: bool = True  # several conversations per row; False: one per row, padded to the longest of its batch
+    train_on_prompt: bool = False  # count the users' words in the loss too
+    eval_questions: int = 50  # held-out questions that are answered at every sample_interval; 3 of them are shown
+    eval_tokens: int = 100  # longest answer to one of them
+    lora_rank: int = 0  # rank of LoRA's corrections; 0 = train all weights
+    lora_alpha: float = 16.0  # their weight is lora_alpha / lora_rank
+    lora_targets: str = ",".join(TARGETS)  # the layers that are corrected
+
+    def __post_init__(self):
+        for name, low in {"eval_questions": 1, "eval_tokens": 1, "lora_rank": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+
+    def targets(self) -> list[str]:
+        return [name.strip() for name in self.lora_targets.split(",") if name.strip()]
+
+
+def configure(argv: list[str]) -> tuple[TrainConfig, FinetuneConfig, GPTConfig]:
+    """The configs that the arguments ask for, on top of those of the run that they start from or resume."""
+    given = read_arguments(argv)
+    resuming = given.get("init_from", ("",))[0] == "resume"
+    if not resuming:
+        if not any(not argument.startswith("--") for argument in argv):
+            given = read_arguments([DEFAULT_CONFIG, *argv])
+        given = {key: (value, "the defaults of finetune.py") for key, value in DEFAULTS.items()} | given
+    source = given.get("out_dir", (DEFAULTS["out_dir"],))[0] if resuming else given["init_from"][0]
+    if source == "scratch":
+        raise ValueError("--init_from must be the folder of a trained run: fine-tuning begins with a model that knows")
+    config, more, model_config = on_top_of(source, resuming, given, TrainConfig, FinetuneConfig, GPTConfig)
+    if resuming and checkpoint.load_config(source)["chat"] is None:
+        raise ValueError(f"{source} is no fine-tuned run: go on with train.py")
+    if more.lora_rank and config.optimizer == "muon":
+        raise ValueError("Muon is for whole matrices, not for LoRA's thin ones: use --optimizer=adamw")
+    return config, more, model_config
+
+
+def start(
+    config: TrainConfig, more: FinetuneConfig, model_config: GPTConfig, template: Template, process: Process
+) -> tuple[GPT, list, dict | None, dict]:
+    """The model on its device, its optimizers, the state to go on from or None, and what config.json is to remember."""
+    torch.manual_seed(config.seed)
+    source, path = weights_from(config)
+    resuming = path.is_relative_to(config.out_dir) and config.init_from == "resume"
+    lora = (checkpoint.load_config(config.out_dir)["chat"] or {}).get("lora") if resuming else None
+    if resuming and not lora:
+        model = checkpoint.new_model(source, vars(model_config))
+    else:
+        base = (lora["base"], lora["checkpoint"]) if lora else (source, path.name)
+        model, _ = checkpoint.load_base(*base, template.tokenizer)
+        for name in ("dropout", "label_smoothing", "max_z_loss", "attention"):
+            setattr(model.config, name, getattr(model_config, name))
+        lora = {"base": base[0], "checkpoint": base[1], "rank": more.lora_rank, "alpha": more.lora_alpha,
+                "targets": more.targets()} if more.lora_rank else None  # fmt: skip
+        if lora:
+            add_lora(model, more.lora_rank, more.lora_alpha, more.targets())
+    if resuming:
+        checkpoint.verify(path)
+        checkpoint.load_weights(model, path)
+    model.train()
+    return model, *set_up(model, config, process, path), {"lora": lora}
+
+
+def conversation_task(
+    splits: dict[str, Examples], questions: list[list[Message]], template: Template, config: TrainConfig,
+    more: FinetuneConfig, block_size: int,
+) -> Task:  # fmt: skip
+    """Say what the assistants say."""
+    rows = {
+        split: Rows(found.examples, block_size, more.packing, more.train_on_prompt) for split, found in splits.items()
+    }
+    whole = config.batch_size * config.gradient_accumulation_steps
+
+    def batch(step: int, part: slice) -> dict[str, Tensor]:
+        return rows["train"].batch(step, config.seed, whole, part)
+
+    def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
+        return rows["val"].all_batches(config.batch_size, rank, world_size, config.eval_iters)
+
+    per_row = sum(len(example.tokens) - 1 for example in splits["train"].examples) / len(rows["train"].rows)
+    val = splits["val"]
+    return Task(
+        batch, validation, val.response_tokens / max(1, val.response_bytes), round(whole * per_row), template.tokenizer,
+        lambda model: preview(model, questions, template, more),
+    )  # fmt: skip
+
+
+def preview(model: GPT, questions: list[list[Message]], template: Template, more: FinetuneConfig) -> str:
+    """A few held-out questions with the model's answers, and how many of all its answers end by themselves."""
+    n = min(len(questions), more.eval_questions)
+    questions = [questions[i * len(questions) // n] for i in range(n)]  # from everywhere
+    answers = answer(model, questions, template, more.eval_tokens)
+    lines = []
+    for i in range(0, n, -(-n // SHOWN)):
+        question = next(message["content"] for message in questions[i] if message["role"] == "user")
+        text = template.tokenizer.decode(token for token in answers[i] if token != template.end_id)
+        lines += [f"> {question}", text]
+    ended = sum(tokens[-1] == template.end_id for tokens in answers)
+    return "\n".join([*lines, f"{ended} of {len(answers)} answers end by themselves"])
+
+
+def answer(model: GPT, questions: list[list[Message]], template: Template, max_new_tokens: int) -> list[list[int]]:
+    """Greedy answers to the first user message of each conversation, after its system message if it has one."""
+    prompts = []
+    for messages in questions:
+        until = 1 + next(i for i, message in enumerate(messages) if message["role"] == "user")
+        prompts.append(template.render(messages[:until], reply=True)[0])
+    return generate(
+        model, prompts, max_new_tokens, temperature=0, eos_id=template.end_id, vocab_size=template.tokenizer.vocab_size
+    )
+
+
+def load_splits(config: TrainConfig, template: Template, block_size: int) -> tuple[dict[str, Examples], list]:
+    """Each split's examples, and the validation conversations. ValueError: no such data set, or nothing to train on."""
+    folder = dataset_folder(config.dataset, "train.jsonl")
+    if not (folder / "train.jsonl").is_file():
+        script = folder / "prepare.py"
+        how = f"run python {script}" if script.is_file() else "python data/chat/prepare.py --input FILE --output DIR"
+        raise ValueError(f"no prepared conversations in {str(folder)!r}: {how}")
+    conversations = {split: list(read_conversations(folder / f"{split}.jsonl")) for split in ("train", "val")}
+    splits = {split: make_examples(found, template, block_size) for split, found in conversations.items()}
+    for split, found in splits.items():
+        if not found.examples:
+            raise ValueError(f"{folder / split}.jsonl: no answer fits into block_size={block_size}")
+    return splits, conversations["val"]
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(USAGE, TrainConfig, FinetuneConfig, GPTConfig, defaults=DEFAULTS))
+        return
+    config, more, model_config = configure(sys.argv[1:])
+    base = first_init_from(config) if config.init_from == "resume" else config.init_from
+    template = Template(load_tokenizer(config.out_dir if config.init_from == "resume" else base))
+    splits, questions = load_splits(config, template, model_config.block_size)
+    process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
+    try:
+        model, optimizers, state, chat = start(config, more, model_config, template, process)
+        task = conversation_task(splits, questions, template, config, more, model_config.block_size)
+        about = [f"{config.dataset}, {split}: {found.summary()}" for split, found in splits.items()]
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        about.append(f"{trained:,} weights to train, from {base}")
+        run(config, model, optimizers, task, state, process, "\n".join(about), vars(more), chat)
+    finally:
+        stop_process(process)
+
+
+if __name__ == "__main__":
+    cli.run(main)
