@@ -15,13 +15,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpe import write_whole
 from common import cli
 from common.beam import Hypothesis, beam_search
 from common.checkpoint import load_model
 from common.config import build, help_text, read_arguments
 from common.decode import Token, generate, log_likelihood, stream
 from common.device import DTYPES, pick_device, pick_dtype
-from common.fast import speed_up
+from common.fast import check_int8, speed_up
 from common.tokenizer import Tokenizer
 from model import GPT
 
@@ -32,6 +33,7 @@ USAGE = """usage: python sample.py [--key=value ...]
 Prints text from a trained model as it is made. Text may grow longer than the model's block_size: when the context is
 full, its older half is forgotten and the newer half read again."""
 
+MOST = 4096  # texts or beams at once
 CHAT_HELP = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C stops an answer"
 
 
@@ -67,8 +69,11 @@ class SampleConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be from 0 to 1, not {self.min_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty must be from 0.01 to 100, not {self.repetition_penalty}")
+        for name in ("num_samples", "num_beams"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"{name} must be at most {MOST}, not {getattr(self, name)}")
         if not -10 <= self.length_penalty <= 10:
             raise ValueError(f"length_penalty must be from -10 to 10, not {self.length_penalty}")
         if self.quantize not in ("none", "int8"):
@@ -97,7 +102,7 @@ class SampleConfig:
             return [self.stop] if self.stop else []
         try:
             stops = json.loads(self.stop)
-        except ValueError:
+        except (ValueError, RecursionError):
             return [self.stop]  # a text that happens to begin with a bracket
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError(f"stop must be a string, or a JSON list of strings that are not empty: {self.stop}")
@@ -235,7 +240,7 @@ def write_beams(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: st
 def write_json(prompt: str, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
     """One line. finish: eos (the model ended the text), stop (a stop string came) or length (max_new_tokens did)."""
     line = {"prompt": prompt, "text": text, "finish": finish, **more, "logprob": sum(logprobs)}
-    print(json.dumps(line | {"tokens": tokens, "logprobs": logprobs}, ensure_ascii=False), flush=True)
+    print(json.dumps(line | {"tokens": tokens, "logprobs": logprobs}), flush=True)
 
 
 def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
@@ -248,10 +253,12 @@ def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         raise ValueError(f"{config.score} holds too little text to score")
 
     def measure() -> dict:
-        logprob = log_likelihood(model, tokens, tokenizer.vocab_size).double().sum().item()
+        logprob = log_likelihood(model, tokens, tokenizer.vocab_size, progress=True).double().sum().item()
         counts = {"tokens": len(tokens) - 1, "bytes": counted, "log_likelihood": logprob}
         return counts | {"bits_per_byte": -logprob / math.log(2) / counted}
 
+    if config.quantize == "int8":
+        check_int8(model)
     plain = measure()
     if config.quantize != "none":
         speed_up(model, quantize=config.quantize)
@@ -285,6 +292,8 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
             return
         elif command == "/reset":
             said = ""
+        elif command.startswith("/") and command != "/save":
+            note(f"there is no {command}: {CHAT_HELP}")
         elif command == "/save":
             save_text(argument.strip(), said)
         else:
@@ -318,8 +327,9 @@ def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: list[
 def save_text(path: str, text: str) -> None:
     """Write the conversation to a file that is not there yet."""
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text + "\n")
+        if not path or Path(path).exists():
+            raise ValueError("it is there already" if path else "give the name of a file")
+        write_whole(path, text)
         note(f"saved to {path}")
     except (OSError, ValueError) as error:
         note(f"/save FILE: cannot write {path!r}: {getattr(error, 'strerror', None) or error}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.decode import check_prompts, context_start, read
+from common.decode import check_finite, check_prompts, context_start, read
 from model import GPT, NOWHERE, KVCache
 
 
@@ -111,6 +111,7 @@ def beam_search(
         logprobs = logits[:, :, :vocab_size].float().log_softmax(-1) + total[:, :, None]  # (B, W, V)
         V = logprobs.size(2)
         best, where = logprobs.flatten(1).topk(min(2 * W, logprobs[0].numel()))
+        check_finite(best[:, 0].sum().item())
         candidates = zip(best.tolist(), (where // V).tolist(), (where % V).tolist(), strict=True)
         parents = [s.step(list(zip(*c, strict=True))) for s, c in zip(live, candidates, strict=True)]
         going = [b for b, search in enumerate(live) if not search.done]

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.chat import TOKENS
+from common.config import build
 from common.lora import add_lora, merge_lora
 from common.tokenizer import FILE_NAME as TOKENIZER_FILE
 from common.tokenizer import Tokenizer, load_tokenizer, write_json
@@ -187,7 +188,10 @@ def read_state(checkpoint: Path) -> dict:
     """The checkpoint's state.json: step, val_loss, seconds and so on. ValueError if it is missing or damaged."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {"val_loss": None, **state, "step": int(state["step"])}
+        state = {"val_loss": None, **state, "step": int(state["step"])}
+        if not isinstance(state["val_loss"], float | int | None):
+            raise ValueError
+        return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise ValueError(f"{checkpoint} is damaged: state.json cannot be read; delete it to use another one") from None
 
@@ -284,10 +288,12 @@ def load_model(
 
 def new_model(out_dir: str | Path, config: dict) -> GPT:
     """A model of the shape that the run's config.json tells."""
+    path = f"{out_dir}/config.json"
     try:
-        return GPT(GPTConfig(**config))
-    except TypeError as error:
-        raise ValueError(f"{out_dir}/config.json does not describe a model: {error}") from None
+        (built,) = build({key: (value, path) for key, value in config.items()}, GPTConfig)
+        return GPT(built)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a model: {str(error).splitlines()[0]}") from None
 
 
 def load_base(out_dir: str, which: str, tokenizer: Tokenizer) -> tuple[GPT, Path]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,11 +12,16 @@ def run(main: Callable[[], None]) -> None:
 
     Anything else is our own bug and keeps its traceback.
     """
-    for name in ("stdout", "stderr"):
+    # A terminal that lacks a character must not end a run, nor must input that is no UTF-8.
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "replace"),
+    ):
         if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal that lacks a character must not end a run
-            getattr(sys, name).reconfigure(errors="replace")
+            setattr(sys, name, open(os.devnull, mode))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors=errors)
     try:
         main()
         sys.stdout.flush()
@@ -34,5 +40,6 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: out of memory; try a smaller batch, context or model ({message[:200]})", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has been heard
         print("interrupted", file=sys.stderr)
         sys.exit(130)

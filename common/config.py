@@ -100,7 +100,7 @@ def convert(value: object, kind: object) -> object:
     if isinstance(value, str) and kind is not str:
         try:
             value = ast.literal_eval(value.replace("true", "True").replace("false", "False"))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
             raise ValueError from None
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
@@ -130,7 +130,8 @@ def build(values: dict[str, tuple[object, str]], *classes: type) -> list:
             converted[key] = convert(value, kind)
         except ValueError:
             name = getattr(kind, "__name__", str(kind))
-            raise ValueError(f"{key} must be of type {name}, not {value!r} (in {source})") from None
+            shown = repr(value) if len(repr(value)) < 80 else repr(value)[:80] + "…"
+            raise ValueError(f"{key} must be of type {name}, not {shown} (in {source})") from None
     return [c(**{f.name: converted[f.name] for f in dataclasses.fields(c) if f.name in converted}) for c in classes]
 
 

@@ -6,12 +6,14 @@ not depend on what else is in the batch. When the context is full, its older hal
 again (`context_start`). Beam search is in `beam.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.fast import next_step
 from model import GPT, KVCache
@@ -95,6 +97,12 @@ def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
                 raise ValueError(f"prompt {i} has the token {token}, outside the model's vocabulary of {vocab_size}")
 
 
+def check_finite(number: float) -> None:
+    """ValueError if a sum of log-probabilities is NaN: no token can be chosen by such a model."""
+    if math.isnan(number):
+        raise ValueError("the model's output is not a number: its weights are broken; use another checkpoint")
+
+
 @torch.inference_mode()
 def stream(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
@@ -136,6 +144,7 @@ def stream(
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         logprobs = (logits.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).tolist()
+        check_finite(sum(logprobs))
         tokens = tokens.tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.append(token)
@@ -153,7 +162,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **option
 
 
 @torch.inference_mode()
-def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None) -> Tensor:
+def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None, progress: bool = False) -> Tensor:
     """log p of each token but the first, (n - 1,), given what generation would see of those before it."""
     if not model.config.causal:
         raise ValueError("causal=False: a model that sees its future gives no probabilities of a text")
@@ -166,7 +175,7 @@ def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None)
         done = end + 1
         start = context_start(done, block_size)
     parts = [torch.zeros(0)]
-    for i in range(0, len(windows), SCORE_BATCH):
+    for i in tqdm(range(0, len(windows), SCORE_BATCH), desc="score", disable=None if progress else True):
         batch = windows[i : i + SCORE_BATCH]
         T = max(end - start for start, _, end in batch)
         idx = [tokens[start:end] + [0] * (T - end + start) for start, _, end in batch]
@@ -175,4 +184,5 @@ def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None)
             logprobs = row[done - start - 1 : end - start, :vocab_size].float().log_softmax(-1)
             targets = torch.tensor(tokens[done : end + 1], device=device)
             parts.append(logprobs.gather(1, targets[:, None])[:, 0].cpu())
+    check_finite(torch.cat(parts).sum().item())
     return torch.cat(parts)

@@ -75,11 +75,9 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
 
     rows: how many texts or beams are decoded at once. quantize: "none", or "int8". The layers serve any number of rows.
     """
-    weight = model.tok_emb.weight
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if quantize == "int8" and not on_cpu:
-        raise ValueError(f"--quantize=int8 is for a CPU in float32, not {weight.device.type} in {weight.dtype}")
-    if not on_cpu or rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
+    if quantize == "int8":
+        check_int8(model)
+    if not on_cpu(model) or rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
         return model
     kind = Int8Linear if quantize == "int8" else SplitLinear if rows == 1 else PackedLinear
     for module in list(model.modules()):
@@ -88,6 +86,18 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
                 weight = child.rows() if isinstance(child, Head) else child.weight
                 setattr(module, name, kind(weight, child.bias))
     return model
+
+
+def on_cpu(model: GPT) -> bool:
+    """Is it on a CPU, in float32?"""
+    return model.tok_emb.weight.device.type == "cpu" and model.tok_emb.weight.dtype == torch.float32
+
+
+def check_int8(model: GPT) -> None:
+    """ValueError for a model that cannot be decoded in bytes."""
+    if not on_cpu(model):
+        weight = model.tok_emb.weight
+        raise ValueError(f"--quantize=int8 is for a CPU in float32, not {weight.device.type} in {weight.dtype}")
 
 
 def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
