@@ -18,7 +18,8 @@ from pathlib import Path
 from bpe import write_whole
 from common import cli
 from common.beam import Hypothesis, beam_search
-from common.checkpoint import load_model
+from common.chat import Template
+from common.checkpoint import load_config, load_model
 from common.config import build, help_text, read_arguments
 from common.decode import Token, generate, log_likelihood, stream
 from common.device import DTYPES, pick_device, pick_dtype
@@ -41,7 +42,9 @@ CHAT_HELP = "/reset forgets the conversation, /save FILE writes it, /quit leaves
 class SampleConfig:
     out_dir: str = "out/pydocs"  # the run to sample from
     checkpoint: str = "best"  # best (lowest validation loss) | latest | a name such as step_00001000
-    prompt: str = ""  # text to continue, or FILE:path; empty = the beginning of a document
+    prompt: str = (
+        ""  # text to continue, or question to a fine-tuned model, or FILE:path; empty = a document's beginning
+    )
     max_new_tokens: int = 500  # stop after this many tokens, or when the model ends the document
     num_samples: int = 1  # how many texts; the first is shown as it comes, the others when all are done
     temperature: float = 0.8  # below 1 bolder, above 1 wilder; 0 = greedy, always the most likely token
@@ -185,11 +188,31 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+@dataclass
+class Prompt:
+    """What the model is to go on from."""
+
+    text: str  # as the user gave it
+    tokens: list[int]
+    eos_id: int | None  # the token with which the model ends its text
+    shown: str  # what to print before the model's text
+
+
+def make_prompt(tokenizer: Tokenizer, template: Template | None, text: str) -> Prompt:
+    """A document to continue; for a fine-tuned model, a question to answer."""
+    if template is None:
+        return Prompt(text, prompt_tokens(tokenizer, text), tokenizer.eot_id, text)
+    if not text:
+        raise ValueError("this model was fine-tuned to answer: give it a --prompt, or talk with it by --chat")
+    tokens, _ = template.render([{"role": "user", "content": text}], reply=True)
+    return Prompt(text, tokens, template.end_id, "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
 
-def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: str, prompt: list[int]) -> None:
+def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Prompt) -> None:
     """Draw num_samples texts as one batch, and print them."""
     texts = [Text(tokenizer, config.stops()) for _ in range(config.num_samples)]
     rows: list[list[Token]] = [[] for _ in texts]
@@ -202,9 +225,9 @@ def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: 
         return texts[i].stopped
 
     if live:
-        print(text, end="", flush=True)
+        print(prompt.shown, end="", flush=True)
     columns = stream(
-        model, [prompt] * config.num_samples, config.max_new_tokens, **config.drawing(), eos_id=tokenizer.eot_id,
+        model, [prompt.tokens] * config.num_samples, config.max_new_tokens, **config.drawing(), eos_id=prompt.eos_id,
         vocab_size=tokenizer.vocab_size, ends=ends,
     )  # fmt: skip
     for column in columns:
@@ -213,28 +236,28 @@ def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: 
     for i, (row, new) in enumerate(zip(rows, texts, strict=True)):
         rest = new.end()
         if live:
-            print(rest if i == 0 else f"{'-' * 20}\n{text}{new.text}")
+            print(rest if i == 0 else f"{'-' * 20}\n{prompt.shown}{new.text}")
             continue
-        finish = "stop" if new.stopped else "eos" if row[-1].id == tokenizer.eot_id else "length"
-        write_json(text, new.text, finish, [t.id for t in row], [t.logprob for t in row])
+        finish = "stop" if new.stopped else "eos" if row[-1].id == prompt.eos_id else "length"
+        write_json(prompt.text, new.text, finish, [t.id for t in row], [t.logprob for t in row])
 
 
-def write_beams(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: str, prompt: list[int]) -> None:
+def write_beams(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Prompt) -> None:
     """Search with num_beams, and print the num_samples best texts with their scores."""
     (found,) = beam_search(
-        model, [prompt], config.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
-        eos_id=tokenizer.eot_id, num_return=config.num_samples, vocab_size=tokenizer.vocab_size,
+        model, [prompt.tokens], config.max_new_tokens, num_beams=config.num_beams, eos_id=prompt.eos_id,
+        length_penalty=config.length_penalty, num_return=config.num_samples, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     for rank, beam in enumerate(found, start=1):
-        finish = "eos" if beam.tokens[-1] == tokenizer.eot_id else "length"
+        finish = "eos" if beam.tokens[-1] == prompt.eos_id else "length"
         new = tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
         if config.json:
-            write_json(text, new, finish, beam.tokens, beam.logprobs, score=beam.score)
+            write_json(prompt.text, new, finish, beam.tokens, beam.logprobs, score=beam.score)
         else:
             if config.num_samples > 1:
                 counts = f"log-probability {beam.logprob:.4f}, {len(beam.tokens)} tokens"
                 print(f"--- {rank}: score {beam.score:.4f}, {counts}")
-            print(text + new)
+            print(prompt.shown + new)
 
 
 def write_json(prompt: str, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
@@ -275,10 +298,50 @@ def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         print(f"{config.quantize}: {quantized:.4f} ({quantized - plain['bits_per_byte']:+.4f})")
 
 
-def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Talk in the terminal. A base model knows no roles: what is typed is text, and it goes on with it."""
-    note(f"a base model: it goes on with the text that you type; Enter alone adds a line end. {CHAT_HELP}")
-    said = ""
+class Conversation:
+    """What was said so far: messages, or for a base model, which knows no roles, one text that it goes on with."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template | None, block_size: int):
+        self.tokenizer, self.template, self.block_size = tokenizer, template, block_size
+        self.reset()
+
+    def reset(self) -> None:
+        self.text, self.messages = "", []
+
+    def prompt(self, line: str) -> Prompt:
+        """What the model is to read for this line; ValueError for a character that its tokenizer does not know."""
+        if self.template is None:
+            return make_prompt(self.tokenizer, None, self.text + (line or "\n"))
+        messages = [*self.messages, {"role": "user", "content": line}]
+        while True:
+            tokens, _ = self.template.render(messages, reply=True)
+            if len(messages) < 3 or len(tokens) <= self.block_size * 3 // 4:
+                return Prompt(line, tokens, self.template.end_id, "")
+            messages = messages[2:]  # a question and its answer, the oldest ones, rather than half a message
+
+    def add(self, line: str, answer: str) -> None:
+        """Remember a line and the answer to it."""
+        self.text += (line or "\n") + answer
+        if answer.strip():  # or it was stopped before it began
+            roles = ("user", "assistant")
+            self.messages += [{"role": r, "content": c} for r, c in zip(roles, (line, answer), strict=True)]
+
+    def save(self, path: str) -> None:
+        """Write it to a file that is not there yet: a line as for data/chat/prepare.py, or the text."""
+        try:
+            if not path or Path(path).exists():
+                raise ValueError("it is there already" if path else "give the name of a file")
+            write_whole(path, json.dumps({"messages": self.messages}) if self.template else self.text)
+            note(f"saved to {path}")
+        except (OSError, ValueError) as error:
+            note(f"/save FILE: cannot write {path!r}: {getattr(error, 'strerror', None) or error}")
+
+
+def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig, template: Template | None) -> None:
+    """Talk in the terminal."""
+    base = "a base model: it goes on with the text that you type; Enter alone adds a line end. "
+    note(("" if template else base) + CHAT_HELP)
+    said = Conversation(tokenizer, template, model.config.block_size)
     while True:
         try:
             line = input("> ")
@@ -291,22 +354,19 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         if command == "/quit":
             return
         elif command == "/reset":
-            said = ""
-        elif command.startswith("/") and command != "/save":
-            note(f"there is no {command}: {CHAT_HELP}")
+            said.reset()
         elif command == "/save":
-            save_text(argument.strip(), said)
-        else:
-            text = said + (line or "\n")
+            said.save(argument.strip())
+        elif command.startswith("/"):
+            note(f"there is no {command}: {CHAT_HELP}")
+        elif line.strip() or template is None:
             try:
-                prompt = prompt_tokens(tokenizer, text)
+                said.add(line, answer(model, tokenizer, config, said.prompt(line)))
             except ValueError as error:  # a character that the model has never seen
                 note(f"error: {error}")
-                continue
-            said = text + answer(model, tokenizer, config, prompt)
 
 
-def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: list[int]) -> str:
+def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Prompt) -> str:
     """Print one answer as it comes, and return it; Ctrl-C ends it where it is."""
     text = Text(tokenizer, config.stops())
 
@@ -315,24 +375,13 @@ def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: list[
         return text.stopped
 
     try:
-        for _ in stream(model, [prompt], config.max_new_tokens, **config.drawing(), eos_id=tokenizer.eot_id,
+        for _ in stream(model, [prompt.tokens], config.max_new_tokens, **config.drawing(), eos_id=prompt.eos_id,
                         vocab_size=tokenizer.vocab_size, ends=ends):  # fmt: skip
             pass
     except KeyboardInterrupt:
         pass
     print(text.end())
     return text.text
-
-
-def save_text(path: str, text: str) -> None:
-    """Write the conversation to a file that is not there yet."""
-    try:
-        if not path or Path(path).exists():
-            raise ValueError("it is there already" if path else "give the name of a file")
-        write_whole(path, text)
-        note(f"saved to {path}")
-    except (OSError, ValueError) as error:
-        note(f"/save FILE: cannot write {path!r}: {getattr(error, 'strerror', None) or error}")
 
 
 def main() -> None:
@@ -349,14 +398,15 @@ def main() -> None:
         return write_score(model, tokenizer, config)
     rows = 1 if config.chat else max(config.num_samples, config.num_beams)
     model = speed_up(model, rows, config.quantize)
+    template = Template(tokenizer) if load_config(config.out_dir)["chat"] is not None else None
     if config.chat:
-        return chat(model, tokenizer, config)
-    prompt = prompt_tokens(tokenizer, text)
-    if len(prompt) > model.config.block_size:
-        note(f"note: the prompt has {len(prompt)} tokens, and the model sees {model.config.block_size} at most: "
+        return chat(model, tokenizer, config, template)
+    prompt = make_prompt(tokenizer, template, text)
+    if len(prompt.tokens) > model.config.block_size:
+        note(f"note: the prompt has {len(prompt.tokens)} tokens, and the model sees {model.config.block_size} at most: "
              "the beginning is not seen")  # fmt: skip
     write = write_beams if config.num_beams > 1 else write_samples
-    write(model, tokenizer, config, text, prompt)
+    write(model, tokenizer, config, prompt)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ def run(main: Callable[[], None]) -> None:
     Anything else is our own bug and keeps its traceback.
     """
     # A terminal that lacks a character must not end a run, nor must input that is no UTF-8.
-    for name, mode, errors in (
-        ("stdin", "r", "surrogateescape"),
-        ("stdout", "w", "replace"),
-        ("stderr", "w", "replace"),
-    ):
+    streams = {"stdin": ("r", "surrogateescape"), "stdout": ("w", "replace"), "stderr": ("w", "replace")}
+    for name, (mode, errors) in streams.items():
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
         if hasattr(getattr(sys, name), "reconfigure"):
