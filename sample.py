@@ -42,9 +42,7 @@ CHAT_HELP = "/reset forgets the conversation, /save FILE writes it, /quit leaves
 class SampleConfig:
     out_dir: str = "out/pydocs"  # the run to sample from
     checkpoint: str = "best"  # best (lowest validation loss) | latest | a name such as step_00001000
-    prompt: str = (
-        ""  # text to continue, or question to a fine-tuned model, or FILE:path; empty = a document's beginning
-    )
+    prompt: str = ""  # text to continue, or a question to a fine-tuned model; FILE:path reads it from a file
     max_new_tokens: int = 500  # stop after this many tokens, or when the model ends the document
     num_samples: int = 1  # how many texts; the first is shown as it comes, the others when all are done
     temperature: float = 0.8  # below 1 bolder, above 1 wilder; 0 = greedy, always the most likely token

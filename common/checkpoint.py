@@ -322,7 +322,7 @@ def grow(model: GPT, vocab_size: int, unseen: list[int]) -> None:
     model.config.vocab_size = max(old, vocab_size)
     noise = torch.Generator().manual_seed(0)
     known = [token for token in range(old) if token not in unseen]
-    for layer in {model.tok_emb, model.head}:
+    for layer in (model.tok_emb, model.head):
         weight = layer.weight
         if len(weight) < vocab_size:
             weight = torch.cat((weight, weight.new_zeros(vocab_size - old, weight.size(1))))

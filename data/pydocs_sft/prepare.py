@@ -72,8 +72,8 @@ def conversations() -> Iterator[tuple[str, list[Message]]]:
     """(name of the object, messages), several per object, always the same ones."""
     found = list(objects())
     modules = {name for kind, name, _, _ in found if kind == "module"}
-    # Only what is defined once, and in a module, has one answer to where it is.
-    places = Counter(name.rpartition(".")[2] for kind, name, _, _ in found if kind != "module")
+    # Only a name that is given once, and in a module, has one answer to where it is.
+    places = Counter(name.rpartition(".")[2] for _, name, _, _ in found)
     for kind, name, arguments, about in found:
         pick = zlib.crc32(name.encode())
         parent, _, short = name.rpartition(".")
@@ -83,7 +83,7 @@ def conversations() -> Iterator[tuple[str, list[Message]]]:
         if kind == "function" and len(arguments) <= LONGEST:
             asked.append((CALL, name, f"{name}({arguments})"))
             asked.append((ARGUMENTS, name, arguments_answer(arguments)))
-        if parent in modules and places[short] == 1:
+        if kind != "module" and parent in modules and places[short] == 1:
             asked.append((WHERE, short, f"{short} is in the module {parent}."))
         for questions, subject, answer in asked:
             yield name, talk(questions[pick % 3].format(subject), answer)
