@@ -1,4 +1,4 @@
-# make demo: install, prepare the embedded corpus, train on it, sample. make test: install, check, test.
+# make demo: install, prepare the embedded corpus, train on it, sample, fine-tune, ask. make test: install, check, test.
 # make install: the virtual environment .venv alone. make clean: removes it, and caches, but no corpus and no run.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,6 +10,11 @@ demo: .venv/installed
 	$(BIN)/python train.py config/pydocs.py
 	@echo; echo "Three texts by the model:"; echo
 	$(BIN)/python sample.py --out_dir=out/pydocs --prompt="The " --num_samples=3 --max_new_tokens=300 --temperature=0.6
+	$(BIN)/python data/pydocs_sft/prepare.py
+	$(BIN)/python finetune.py config/sft_pydocs.py
+	@echo; echo "Three answers by the fine-tuned model:"; echo
+	@for question in "What does textwrap.fill do?" "Which module has wraps?" "Which arguments does json.dumps take?"; do \
+		echo "> $$question"; $(BIN)/python sample.py --out_dir=out/sft_pydocs --prompt="$$question" --temperature=0; done
 
 install: .venv/installed
 

@@ -9,12 +9,12 @@ dataset = "pydocs_sft"
 
 # A small model at a high learning rate: it has to learn a new form, and has little to forget
 batch_size = 16  # rows of 128 tokens, two or three conversations each
-max_iters = 700
+max_iters = 500
 optimizer = "muon"
 learning_rate = 3e-3
 lr_schedule = "wsd"
 decay_fraction = 0.8
 muon_momentum = 0.9
 
-eval_interval = 350
-sample_interval = 350
+eval_interval = 250
+sample_interval = 250
