@@ -369,6 +369,8 @@ def test_pydocs_documents_are_public_objects_and_none_is_there_twice(pydocs):
 def test_signatures_read_like_calls():
     import ast
 
+    from common.docstrings import members
+
     source = """
 class Shelf(Base, metaclass=Meta):
     "A shelf that holds as many books as you like."
@@ -381,7 +383,7 @@ if windows:
 else:
     def _private(): "No."
 """
-    assert list(script("pydocs").members(ast.parse(source).body, "library")) == [
+    assert list(members(ast.parse(source).body, "library")) == [
         ("class library.Shelf(Base)", "A shelf that holds as many books as you like."),
         ("library.Shelf.put(book, *others, at=0)", "Put a book on the shelf."),
         ("library.Shelf.of()", "A shelf."),
