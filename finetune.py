@@ -25,7 +25,7 @@ from common.packing import Examples, Rows, make_examples
 from common.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 from sample import generate
-from train import Task, TrainConfig, dataset_folder, first_init_from, on_top_of, run, set_up, weights_from
+from train import MAY_CHANGE, Task, TrainConfig, dataset_folder, first_init_from, on_top_of, run, set_up, weights_from
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "sft_pydocs.py")
 USAGE = """usage: python finetune.py [config/sft_x.py] [--key=value ...]        (no config: config/sft_pydocs.py)
@@ -54,6 +54,10 @@ class FinetuneConfig:
         for name, low in {"eval_questions": 1, "eval_tokens": 1, "lora_rank": 0}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not 0 < self.lora_alpha <= 10_000:
+            raise ValueError(f"lora_alpha must be above 0 and at most 10000, not {self.lora_alpha}")
+        if self.lora_rank and not self.targets():
+            raise ValueError(f"lora_targets must name layers to correct: one or more of {','.join(TARGETS)}")
 
     def targets(self) -> list[str]:
         return [name.strip() for name in self.lora_targets.split(",") if name.strip()]
@@ -68,14 +72,27 @@ def configure(argv: list[str]) -> tuple[TrainConfig, FinetuneConfig, GPTConfig]:
             given = read_arguments([DEFAULT_CONFIG, *argv])
         given = {key: (value, "the defaults of finetune.py") for key, value in DEFAULTS.items()} | given
     source = given.get("out_dir", (DEFAULTS["out_dir"],))[0] if resuming else given["init_from"][0]
-    if source == "scratch":
+    if not isinstance(source, str) or source == "scratch":
         raise ValueError("--init_from must be the folder of a trained run: fine-tuning begins with a model that knows")
     config, more, model_config = on_top_of(source, resuming, given, TrainConfig, FinetuneConfig, GPTConfig)
     if resuming and checkpoint.load_config(source)["chat"] is None:
         raise ValueError(f"{source} is no fine-tuned run: go on with train.py")
+    if resuming:
+        check_lora(source, more)
+    elif more.lora_rank and Path(source).resolve() == Path(config.out_dir).resolve():
+        raise ValueError(f"--out_dir={config.out_dir} is the base model's own folder: name another one")
     if more.lora_rank and config.optimizer == "muon":
         raise ValueError("Muon is for whole matrices, not for LoRA's thin ones: use --optimizer=adamw")
     return config, more, model_config
+
+
+def check_lora(out_dir: str, more: FinetuneConfig) -> None:
+    """ValueError if a resumed run's corrections would have to become others."""
+    lora = checkpoint.load_config(out_dir)["chat"]["lora"] or {"rank": 0}
+    asked = {"rank": more.lora_rank, "alpha": more.lora_alpha, "targets": more.targets()}
+    for name, was in lora.items():
+        if name in asked and asked[name] != was:
+            raise ValueError(f"lora_{name} is {was} in {out_dir} and cannot become {asked[name]}")
 
 
 def start(
@@ -89,11 +106,14 @@ def start(
     if resuming and not lora:
         model = checkpoint.new_model(source, vars(model_config))
     else:
-        base = (lora["base"], lora["checkpoint"]) if lora else (source, path.name)
+        base = (str(Path(config.out_dir, "base")), lora["checkpoint"]) if lora else (source, path.name)
         model, _ = checkpoint.load_base(*base, template.tokenizer)
-        for name in ("dropout", "label_smoothing", "max_z_loss", "attention"):
+        for name in MAY_CHANGE:
             setattr(model.config, name, getattr(model_config, name))
-        lora = {"base": base[0], "checkpoint": base[1], "rank": more.lora_rank, "alpha": more.lora_alpha,
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = model_config.dropout
+        lora = {"checkpoint": base[1], "rank": more.lora_rank, "alpha": more.lora_alpha,
                 "targets": more.targets()} if more.lora_rank else None  # fmt: skip
         if lora:
             add_lora(model, more.lora_rank, more.lora_alpha, more.targets())
@@ -110,7 +130,8 @@ def conversation_task(
 ) -> Task:  # fmt: skip
     """Say what the assistants say."""
     rows = {
-        split: Rows(found.examples, block_size, more.packing, more.train_on_prompt) for split, found in splits.items()
+        "train": Rows(splits["train"].examples, block_size, more.packing, more.train_on_prompt),
+        "val": Rows(splits["val"].examples, block_size, more.packing),  # responses only, so that runs compare
     }
     whole = config.batch_size * config.gradient_accumulation_steps
 
@@ -163,6 +184,8 @@ def load_splits(config: TrainConfig, template: Template, block_size: int) -> tup
     conversations = {split: list(read_conversations(folder / f"{split}.jsonl")) for split in ("train", "val")}
     splits = {split: make_examples(found, template, block_size) for split, found in conversations.items()}
     for split, found in splits.items():
+        if not conversations[split]:
+            raise ValueError(f"{folder / split}.jsonl holds no conversation")
         if not found.examples:
             raise ValueError(f"{folder / split}.jsonl: no answer fits into block_size={block_size}")
     return splits, conversations["val"]
@@ -183,7 +206,15 @@ def main() -> None:
         about = [f"{config.dataset}, {split}: {found.summary()}" for split, found in splits.items()]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         about.append(f"{trained:,} weights to train, from {base}")
-        run(config, model, optimizers, task, state, process, "\n".join(about), vars(more), chat)
+        kept = Path(config.out_dir, "base")
+        lora = chat["lora"]
+
+        def opened() -> None:
+            """A run with LoRA keeps what it corrects: nobody can take its base away."""
+            if lora and not kept.exists():
+                checkpoint.keep_run(base, lora["checkpoint"], kept)
+
+        run(config, model, optimizers, task, state, process, "\n".join(about), vars(more), chat, opened)
     finally:
         stop_process(process)
 

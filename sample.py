@@ -320,6 +320,8 @@ class Conversation:
     def add(self, line: str, answer: str) -> None:
         """Remember a line and the answer to it."""
         self.text += (line or "\n") + answer
+        for name in self.tokenizer.special_tokens:  # they are no text, should the model make one
+            answer = answer.replace(name, "")
         if answer.strip():  # or it was stopped before it began
             roles = ("user", "assistant")
             self.messages += [{"role": r, "content": c} for r, c in zip(roles, (line, answer), strict=True)]

@@ -344,8 +344,12 @@ def configure(argv: list[str]) -> tuple[TrainConfig, GPTConfig]:
     if init_from == "scratch":
         return tuple(build(given, TrainConfig, GPTConfig))
     source = given.get("out_dir", (TrainConfig.out_dir,))[0] if init_from == "resume" else init_from
+    if not isinstance(source, str):
+        raise ValueError("init_from and out_dir are written --key=value: scratch, resume or the folder of a run")
     if init_from == "resume" and checkpoint.load_config(source)["chat"] is not None:
         raise ValueError(f"{source} is a fine-tuned run: go on with finetune.py")
+    if (checkpoint.load_config(source)["chat"] or {}).get("lora"):
+        raise ValueError(f"{source} holds LoRA's corrections only: start from its base, or go on with finetune.py")
     return tuple(on_top_of(source, init_from == "resume", given, TrainConfig, GPTConfig))
 
 
@@ -482,11 +486,12 @@ def open_run(
 
 def run(
     config: TrainConfig, model: GPT, optimizers: list, task: Task, state: dict | None, process: Process, about: str,
-    more: dict | None = None, chat: dict | None = None,
+    more: dict | None = None, chat: dict | None = None, opened: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Only evaluate, if the config says so; else open the run's folder, tell what it is about, and train.
 
-    more, chat: what config.json is to hold besides the two configs (see finetune.py).
+    more, chat: what config.json is to hold besides the two configs; opened(): what else is to be done with the folder
+    (see finetune.py).
     """
     if config.eval_only:
         metrics = evaluate(model, task, process)
@@ -502,6 +507,7 @@ def run(
     try:
         if process.rank == 0:
             lock = open_run(config, model.config, task.tokenizer, state, more or {}, chat)
+            opened()
             print(about)
             print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
         Trainer(model, optimizers, task, config, process, state).train()

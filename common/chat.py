@@ -65,7 +65,7 @@ def check(messages: object, reply: bool = False) -> None:
                 except UnicodeEncodeError:
                     raise ValueError(f"message {i} holds half a surrogate pair, which is no character") from None
             case {"role": role, "content": str()}:
-                raise ValueError(f"message {i} has the role {role!r}: it must be one of {', '.join(ROLES)}")
+                raise ValueError(f"message {i} has the role {str(role)[:40]!r}: it must be one of {', '.join(ROLES)}")
             case _:
                 raise ValueError(f'message {i} must be an object with "role" and "content", both strings')
         if role == "assistant" and not content.strip():
@@ -111,8 +111,9 @@ def read_conversations(path: str | Path, skip_empty: bool = False) -> Iterator[l
     form whose output is empty, and says how many on stderr.
     """
     path = Path(path)
+    listed = path.suffix.lower() == ".json"
     try:
-        if path.suffix == ".json":
+        if listed:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):
                 raise ValueError(f"{path}: a .json file must hold a list of conversations; one per line is .jsonl")
@@ -129,7 +130,7 @@ def read_conversations(path: str | Path, skip_empty: bool = False) -> Iterator[l
     skipped = 0
     for place, row in places:
         try:
-            row = json.loads(row) if path.suffix != ".json" else row
+            row = row if listed else json.loads(row)
             if skip_empty and isinstance(row, dict) and row.get("output") in ("", None) and "instruction" in row:
                 skipped += 1
                 continue

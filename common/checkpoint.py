@@ -85,10 +85,41 @@ def load_config(out_dir: str | Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         chat = config.get("chat")
-        chat = chat if chat is None else dict(chat)
+        chat = chat if chat is None else {"lora": check_lora(dict(chat)["lora"])}
         return {"model": dict(config["model"]), "train": dict(config["train"]), "chat": chat}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not the config.json of a run") from None
+
+
+def check_lora(lora: object) -> dict | None:
+    """What config.json says of LoRA, None if there is none; TypeError for anything else."""
+    match lora:
+        case None:
+            return None
+        case {"checkpoint": str(), "rank": int(rank), "alpha": float() | int(), "targets": list()} if rank > 0:
+            return lora
+    raise TypeError("no description of LoRA")
+
+
+def keep_run(out_dir: str, which: str, target: Path) -> None:
+    """Keep a run with one of its checkpoints in the folder target, as links where the disk allows it."""
+
+    def link(source: str, copy: str) -> None:
+        try:
+            os.link(source, copy)
+        except OSError:  # another disk
+            shutil.copy2(source, copy)
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    chosen = Path("checkpoints", which)
+    parts = [Path("config.json"), Path(TOKENIZER_FILE), *(chosen / name for name in (*FILES, "manifest.json"))]
+    if Path(out_dir, "base").is_dir():  # itself a run with LoRA
+        parts += [path.relative_to(out_dir) for path in Path(out_dir, "base").rglob("*") if path.is_file()]
+    for part in parts:
+        (temporary / part).parent.mkdir(parents=True, exist_ok=True)
+        link(str(Path(out_dir, part)), str(temporary / part))
+    temporary.rename(target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +304,7 @@ def load_model(
     lora = (config["chat"] or {}).get("lora")
     tokenizer = load_tokenizer(out_dir)
     if lora:
-        model = load_base(lora["base"], lora["checkpoint"], tokenizer)[0]
+        model = load_base(str(Path(out_dir, "base")), lora["checkpoint"], tokenizer)[0]
         add_lora(model, lora["rank"], lora["alpha"], lora["targets"])
         load_weights(model, checkpoint)
         merge_lora(model)

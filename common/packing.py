@@ -62,8 +62,8 @@ def make_examples(conversations: list[list[Message]], template: Template, block_
         if not mask.any():
             found.dropped += 1
             continue
-        responses = [message["content"] for message in messages if message["role"] == "assistant"]
-        found.response_bytes += sum(len(text.encode()) for text in responses)
+        said = [token for token, on in zip(tokens.tolist(), mask, strict=True) if on and token != template.end_id]
+        found.response_bytes += sum(len(template.tokenizer.bytes_of(token)) for token in said)
         if len(template.render(messages)[0]) > len(tokens):
             found.truncated += 1
         found.examples.append(Example(tokens, mask.astype(bool)))

@@ -165,6 +165,8 @@ def write_conversations(folder: str | Path, conversations: Iterable[tuple[str, l
     An old data set in `folder` stays until the new one is complete.
     """
     folder, lines = Path(folder), {split: {} for split in SPLITS}
+    if folder.is_file() or (folder / "config.json").exists():
+        raise ValueError(f"--output={folder} is a {'file' if folder.is_file() else 'run'}: name a folder of its own")
     repeated = 0
     for split, messages in conversations:
         line = json.dumps({"messages": messages}, ensure_ascii=False)

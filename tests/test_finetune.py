@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_the_loss_is_one_mean_over_all_responses_and_not_a_mean_of_means(convers
     assert abs(sum(means) / 4 / mean - 1) > 1e-3  # the mistake would show
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_rank=4", "--dropout=0.1"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["--dropout=0.2"], ["--lora_rank=4", "--dropout=0.1"]], ids=str)
 def test_killed_and_resumed_is_never_stopped(command, monkeypatch, more):
     whole = command("whole", *more)
     update = train.Trainer.update
@@ -220,6 +221,9 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
         (["--init_from=nowhere"], "no run in nowhere"),
         (["--dataset=nowhere"], "no prepared conversations in 'nowhere': python data/chat/prepare.py"),
         (["--n_layer=3"], "n_layer is 2 in .* and cannot become 3"),
+        (["--lora_rank=2", "--lora_targets=,"], "lora_targets must name layers"),
+        (["--lora_rank=2", "--lora_alpha=0"], "lora_alpha must be above 0"),
+        (["--init_from"], "--init_from must be the folder"),
         (["--lora_rank=-1"], "lora_rank must be at least 0"),
         (["--lora_rank=2", "--lora_targets=head"], "no layer is called 'head'"),
         (["--lora_rank=2", "--optimizer=muon"], "Muon is for whole matrices"),
@@ -252,14 +256,37 @@ def test_each_command_sends_the_other_kinds_runs_to_the_other(command, base, mon
 
 def test_lora_with_a_base_that_is_gone_or_changed_is_told(command, base, tmp_path):
     run = command("a", "--lora_rank=2", "--max_iters=1")
-    config = json.loads((run / "config.json").read_text())
-    config["chat"]["lora"]["base"] = str(tmp_path / "gone")
-    (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="gone"):
+    before, _, _ = checkpoint.load_model(run)
+    (run / "base").rename(run / "gone")
+    with pytest.raises(ValueError, match="no tokenizer at .*base"):
         checkpoint.load_model(run)
-    other = tmp_path / "other"
-    checkpoint.start_run(str(other), CharTokenizer("xyz", eot=True))
-    config["chat"]["lora"]["base"] = str(other)
-    (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="other was trained with another tokenizer"):
+    (run / "gone").rename(run / "base")
+    CharTokenizer("xyz", eot=True).save(tmp_path)
+    os.replace(tmp_path / "tokenizer.json", run / "base" / "tokenizer.json")
+    with pytest.raises(ValueError, match="base was trained with another tokenizer"):
         checkpoint.load_model(run)
+
+
+def test_a_run_with_lora_keeps_its_base_however_long_the_chain(command, base, tmp_path):
+    command("first", "--lora_rank=2", "--max_iters=2")
+    second = command("second", f"--init_from={tmp_path / 'first'}", "--lora_rank=3", "--max_iters=2")
+    before, _, _ = checkpoint.load_model(second)
+    shutil.rmtree(tmp_path / "first")
+    after, _, _ = checkpoint.load_model(second)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    command("second", "--init_from=resume", "--max_iters=4")
+
+
+def test_bits_per_byte_count_the_responses_only_even_where_prompts_are_trained_on(command):
+    plain, both = command("plain", "--max_iters=1"), command("both", "--max_iters=1", "--train_on_prompt")
+    assert log(plain, "val_loss")[0] == log(both, "val_loss")[0]
+    assert log(plain, "train_loss") != log(both, "train_loss")
+
+
+def test_a_resumed_run_keeps_its_corrections(command, tmp_path):
+    command("a", "--lora_rank=2", "--max_iters=1")
+    for option, sentence in {"--lora_alpha=3": "lora_alpha is 16.0 in", "--lora_rank=0": "lora_rank is 2 in"}.items():
+        with pytest.raises(ValueError, match=f"{sentence} .* and cannot become"):
+            command("a", "--init_from=resume", "--max_iters=2", option)
+    with pytest.raises(ValueError, match="holds LoRA's corrections only"):
+        train.configure([f"--init_from={tmp_path / 'a'}"])

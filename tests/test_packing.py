@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_cut_off_and_counted_and_what_has_no_answer_left_is
     found = make_examples([talk("a", "b"), talk("a", "b" * 9), talk("a" * 7, "b"), talk("a" * 5, "bb")], template, 9)
     assert [len(e.tokens) for e in found.examples] == [7, 10, 10] and found.truncated == 2 and found.dropped == 1
     assert [int(e.mask.sum()) for e in found.examples] == [2, 5, 1] and found.response_tokens == 8
-    assert found.tokens == 27 and found.response_bytes == 1 + 9 + 2
+    assert found.tokens == 27 and found.response_bytes == 1 + 5 + 1
     summary = found.summary()
     assert summary.startswith("3 conversations, 27 tokens, 8 of them in responses")
     assert "2 cut off at block_size" in summary and "1 left out, for no word of the answer fits" in summary
