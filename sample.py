@@ -379,7 +379,7 @@ def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Promp
                         vocab_size=tokenizer.vocab_size, ends=ends):  # fmt: skip
             pass
     except KeyboardInterrupt:
-        pass
+        pass  # what was said so far is the answer
     print(text.end())
     return text.text
 

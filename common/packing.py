@@ -58,14 +58,14 @@ def make_examples(conversations: list[list[Message]], template: Template, block_
     """
     found = Examples()
     for messages in conversations:
-        tokens, mask = (np.array(x[: block_size + 1]) for x in template.render(messages))
+        whole = template.render(messages)
+        tokens, mask = (np.array(x[: block_size + 1]) for x in whole)
         if not mask.any():
             found.dropped += 1
             continue
         said = [token for token, on in zip(tokens.tolist(), mask, strict=True) if on and token != template.end_id]
         found.response_bytes += sum(len(template.tokenizer.bytes_of(token)) for token in said)
-        if len(template.render(messages)[0]) > len(tokens):
-            found.truncated += 1
+        found.truncated += len(whole[0]) > len(tokens)
         found.examples.append(Example(tokens, mask.astype(bool)))
     return found
 
