@@ -1,6 +1,6 @@
 """Byte-level BPE: learn a vocabulary from text, then turn text into token ids and back.
 
-Text is cut into chunks whose frequencies common/chunks.py counts and common/merges.py learns merges from. Encoding is
+Text is cut into chunks whose frequencies text/chunks.py counts and text/merges.py learns merges from. Encoding is
 tiktoken's native core, with our vocabulary.
 
     python bpe.py train --input book.txt --vocab_size 4096 --output book.bpe
@@ -10,7 +10,6 @@ tiktoken's native core, with our vocabulary.
 import argparse
 import codecs
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -20,8 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import cli
-from common.chunks import CUT, PATTERNS, TASK, count_chunks, splitter
-from common.merges import learn_merges
+from common.files import checksum, read_json, write_whole
+from text.chunks import CUT, PATTERNS, TASK, count_chunks, splitter
+from text.merges import learn_merges
 
 EOT = "<|endoftext|>"
 SPECIAL_TOKENS = (EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the last four are for conversations
@@ -143,7 +143,7 @@ class BPE:
         """The vocabulary of a file's content; path is for messages only."""
         if not isinstance(content, dict) or content.get("format") != FORMAT["format"]:
             raise ValueError(
-                f"{path} is no vocabulary of bpe.py; to use a tokenizer.json: python -m common.tokenizer_json"
+                f"{path} is no vocabulary of bpe.py; to use a tokenizer.json: python -m formats.tokenizer_json"
             )
         stated, content = content.get("sha256"), {k: v for k, v in content.items() if k != "sha256"}
         if stated != checksum(content):
@@ -200,10 +200,6 @@ def train(
     return BPE(pattern, [merge[:2] for merge in merges], {name: start + i for i, name in enumerate(special_tokens)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def check_text(text: str) -> None:
     """ValueError for half a surrogate pair, which is no character and has no bytes."""
     try:
@@ -212,39 +208,6 @@ def check_text(text: str) -> None:
         raise ValueError(
             f"{text[error.start]!r} at position {error.start} is half a surrogate pair, no character"
         ) from None
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write the file so that it is there whole or not at all; a pipe or a device is written to, never replaced."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        Path(path).write_text(text + "\n", encoding="utf-8")
-        return
-    path = Path(os.path.realpath(path))  # through a link, not over it
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, a folder of that name, Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: str | os.PathLike) -> object:
-    """The content of a JSON file. ValueError if it is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is damaged, or no vocabulary: it is not JSON") from None
-
-
-def checksum(content: dict) -> str:
-    """SHA-256 of the content, whatever its layout in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

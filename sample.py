@@ -5,7 +5,7 @@
     python sample.py --chat
     python sample.py --score=book.txt
 
-How tokens are found is in common/decode.py and common/beam.py; here they become text.
+How tokens are found is in decoding/stream.py and decoding/beam.py; here they become text.
 """
 
 import codecs
@@ -15,17 +15,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpe import write_whole
 from common import cli
-from common.beam import Hypothesis, beam_search
-from common.chat import Template
-from common.checkpoint import load_config, load_model
 from common.config import build, help_text, read_arguments
-from common.decode import Token, generate, log_likelihood, stream
-from common.device import DTYPES, pick_device, pick_dtype
-from common.fast import check_int8, speed_up
-from common.tokenizer import Tokenizer
+from common.files import write_whole
+from decoding.beam import Hypothesis, beam_search
+from decoding.fast import check_int8, speed_up
+from decoding.stream import Token, generate, log_likelihood, prompt_tokens, stream
 from model import GPT
+from runs.checkpoint import load_config, load_model
+from text.chat import Template
+from text.tokenizer import Tokenizer
+from training.device import DTYPES, pick_device, pick_dtype
 
 __all__ = ["Hypothesis", "beam_search", "generate", "stream"]
 
@@ -152,18 +152,6 @@ class Text:
     def show(self, text: str, held: str) -> str:
         self.text, self.held = self.text + text, held
         return text
-
-
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt as the beginning of a document: after an end-of-text token where the tokenizer has one."""
-    if tokenizer.eot_id is not None:
-        return [tokenizer.eot_id, *tokenizer.encode(prompt)]
-    try:
-        return tokenizer.encode(prompt or "\n")
-    except ValueError:
-        if prompt:
-            raise
-        raise ValueError("give a --prompt: this tokenizer has neither an end-of-text token nor a line end") from None
 
 
 def read_text(path: str, what: str) -> str:

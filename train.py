@@ -9,13 +9,12 @@ nor the number of processes changes the gradient; compilation and data paralleli
 """
 
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -25,16 +24,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint, cli
+from common import cli
 from common.config import build, help_text, read_arguments
-from common.dataset import Corpus
-from common.device import Process, autocast, peak_flops, start_process, stop_process
-from common.log import Log, rewind_log
-from common.optim import SCHEDULES, learning_rate_at, make_optimizers
-from common.tokenizer import FILE_NAME as TOKENIZER_FILE
-from common.tokenizer import Tokenizer
 from model import GPT, IGNORE, GPTConfig
-from sample import generate, prompt_tokens
+from runs import checkpoint
+from tasks.pretrain import open_corpus, pretraining_task
+from tasks.task import Task
+from text.corpus import Corpus
+from text.tokenizer import FILE_NAME as TOKENIZER_FILE
+from text.tokenizer import Tokenizer
+from training.config import TrainConfig
+from training.device import Process, autocast, peak_flops, start_process, stop_process
+from training.interrupt import interruptible
+from training.log import Log, rewind_log
+from training.optim import learning_rate_at, make_optimizers
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
 USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no config: config/pydocs.py)
@@ -44,76 +47,6 @@ The keys, with the values that hold where neither the config file nor the comman
 
 # What a run that goes on from another's weights may change of its model; any other field would make it another model.
 MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
-
-
-@dataclass
-class TrainConfig:
-    out_dir: str = "out/pydocs"  # the run's folder: config, tokenizer, log, checkpoints
-    dataset: str = "pydocs"  # a prepared corpus: a folder under data/, or any path
-    init_from: str = "scratch"  # scratch | resume (continue out_dir) | another run's folder (start from its weights)
-    seed: int = 1337  # decides initial weights, batches and dropout
-    batch_size: int = 16  # sequences per micro-step
-    gradient_accumulation_steps: int = 1  # micro-steps per step, over all processes together
-    max_iters: int = 1000  # steps in all
-    optimizer: str = "muon"  # muon (hidden matrices; AdamW for the rest) | adamw (everything)
-    learning_rate: float = 3e-3  # the highest learning rate
-    min_lr: float = 0.0  # the learning rate at the end
-    lr_schedule: str = "wsd"  # cosine | wsd (warmup, stable, linear decay) | constant
-    warmup_iters: int = 10  # steps of linear warmup
-    decay_fraction: float = 0.6  # wsd: the share of the run that decays
-    weight_decay: float = 0.0  # pulls matrices towards 0, by this share of the learning rate per step
-    beta1: float = 0.9  # AdamW: memory of the gradient
-    beta2: float = 0.95  # AdamW: memory of its square
-    muon_momentum: float = 0.95  # Muon: memory of the gradient
-    grad_clip: float = 1.0  # longest gradient; 0 = no limit
-    eval_interval: int = 250  # steps between evaluations (one more at the end)
-    eval_iters: int = 0  # validation batches per evaluation; 0 = the whole split
-    eval_only: bool = False  # evaluate once and exit
-    log_interval: int = 10  # steps between lines of log.jsonl
-    sample_interval: int = 0  # print a sample at evaluations whose step this divides; 0 = never
-    always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    compile: bool | str = "auto"  # torch.compile; auto = on CUDA
-    wandb_log: bool = False  # log to Weights & Biases as well
-    wandb_project: str = "plaingpt"  # its project
-    wandb_run_name: str = ""  # its name there; empty = out_dir's
-
-    def __post_init__(self):
-        positive = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
-        lowest = dict.fromkeys(positive, 1)
-        lowest |= dict.fromkeys(
-            ("seed", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "sample_interval"), 0
-        )
-        for name, low in lowest.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if not 0 < self.learning_rate <= 1000:
-            raise ValueError(f"learning_rate must be positive and at most 1000, not {self.learning_rate}")
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be between 0 and 1, not {self.decay_fraction}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name, allowed in {"optimizer": ("muon", "adamw"), "lr_schedule": SCHEDULES}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or auto, not {self.compile!r}")
-
-
-@dataclass
-class Task:
-    """What there is to learn, as the loop sees it: batches are keyword arguments of GPT.forward, on the CPU."""
-
-    batch: Callable[[int, slice], dict[str, Tensor]]  # (step, rows of that step's whole batch) → a micro-batch
-    validation: Callable[[int, int], Iterator[dict[str, Tensor]]]  # (rank, world_size) → that process's share
-    tokens_per_byte: float  # of the validation text; turns a loss per token into bits per byte
-    tokens_per_step: int  # on average
-    tokenizer: Tokenizer
-    preview: Callable[[GPT], str]  # what to show of the model as it is now, at every sample_interval
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,29 +223,6 @@ def evaluate(network, task: Task, process: Process) -> dict[str, float]:
     return {"val_loss": mean, "val_bpb": mean * task.tokens_per_byte / np.log(2)}
 
 
-@contextmanager
-def interruptible(alone: bool) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second Ctrl-C is obeyed at once.
-
-    Under torchrun (not alone) it is not: there, one Ctrl-C arrives as several signals.
-    """
-    caught: list[int] = []
-
-    def remember(number: int, _frame) -> None:
-        if alone and number == signal.SIGINT in caught:
-            raise KeyboardInterrupt
-        if alone:
-            print("\nfinishing the step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
-        caught.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def broken_down(what: str, out_dir: str) -> str:
     """What to say when a number is not finite."""
     saved = checkpoint.list_checkpoints(out_dir)
@@ -320,15 +230,6 @@ def broken_down(what: str, out_dir: str) -> str:
     return f"{what}; {last}. Try a lower learning_rate, more warmup_iters, a smaller grad_clip or dtype=float32" + (
         ", with --init_from=resume" if saved else ""
     )
-
-
-def preview(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
-    """A short text from the model as it is now."""
-    prompt = prompt_tokens(tokenizer, "")
-    (tokens,) = generate(
-        model, [prompt], 200, temperature=0.8, eos_id=tokenizer.eot_id, vocab_size=tokenizer.vocab_size, seed=seed
-    )
-    return tokenizer.decode(t for t in tokens if t != tokenizer.eot_id)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,44 +267,6 @@ def on_top_of(source: str, resuming: bool, given: dict, *classes: type) -> list:
         if key not in MAY_CHANGE and now != base.get(key, now) and (key, now) != ("vocab_size", 0):
             raise ValueError(f"{key} is {base[key]} in {source} and cannot become {now}: train a new model for that")
     return [config, *others, model_config]
-
-
-def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causal: bool) -> Task:
-    """Predict every next token of the corpus."""
-    if not causal:
-        raise ValueError("causal=False: a model that sees its future has nothing to predict here; leave it True")
-    whole = config.batch_size * config.gradient_accumulation_steps
-
-    def batch(step: int, rows: slice) -> dict[str, Tensor]:
-        idx, targets = corpus.batch("train", step, seed=config.seed, batch_size=whole, block_size=block_size, rows=rows)
-        return {"idx": idx, "targets": targets}
-
-    batch(0, slice(1))  # a corpus too short for block_size is refused here, before there is a run
-
-    def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
-        part = {"max_batches": config.eval_iters, "rank": rank, "world_size": world_size}
-        # The shape of a training batch: a compiled model needs no second compilation.
-        for idx, targets in corpus.windows("val", block_size, config.batch_size, **part):
-            yield {"idx": idx, "targets": targets}
-
-    return Task(
-        batch, validation, corpus.num_tokens("val") / corpus.num_bytes("val"), whole * block_size, corpus.tokenizer,
-        lambda model: preview(model, corpus.tokenizer, config.seed),
-    )  # fmt: skip
-
-
-def dataset_folder(dataset: str, file: str) -> Path:
-    """The data set of that name under data/, or at that path if the file is there."""
-    named = Path(os.path.relpath(Path(__file__).parent / "data" / dataset))
-    return named if named.is_dir() and not Path(dataset, file).exists() else Path(dataset)
-
-
-def open_corpus(dataset: str) -> Corpus:
-    """The corpus of that name under data/, or at that path."""
-    corpus = Corpus(dataset_folder(dataset, "meta.json"))
-    if corpus.num_tokens("train") < 2**28:  # a second of checksums is worth it, minutes are not
-        corpus.verify()
-    return corpus
 
 
 def check_tokenizers(corpus: Corpus, out_dir: str) -> None:

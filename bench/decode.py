@@ -20,9 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.beam import beam_search  # noqa: E402
-from common.decode import generate  # noqa: E402
-from common.fast import speed_up  # noqa: E402
+from decoding.beam import beam_search  # noqa: E402
+from decoding.fast import speed_up  # noqa: E402
+from decoding.stream import generate  # noqa: E402
 from tests.twins import gpt2_twins  # noqa: E402
 
 SHAPES = {"tiny": (2, 2, 64), "124m": (12, 12, 768), "1.5b": (48, 25, 1600)}  # layers, heads, width

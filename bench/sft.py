@@ -20,12 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.chat import Template, read_conversations  # noqa: E402
-from common.checkpoint import load_base  # noqa: E402
-from common.lora import TARGETS, add_lora  # noqa: E402
-from common.packing import Rows, make_examples  # noqa: E402
-from common.tokenizer import load_tokenizer  # noqa: E402
 from model import GPT, IGNORE, GPTConfig  # noqa: E402
+from runs.checkpoint import load_base  # noqa: E402
+from tasks.packing import Rows, make_examples  # noqa: E402
+from text.chat import Template, read_conversations  # noqa: E402
+from text.tokenizer import load_tokenizer  # noqa: E402
+from training.lora import TARGETS, add_lora  # noqa: E402
 
 ROWS = 16  # packed rows per step
 

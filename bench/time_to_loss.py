@@ -26,8 +26,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.checkpoint import load_model  # noqa: E402
-from common.dataset import Corpus  # noqa: E402
+from runs.checkpoint import load_model  # noqa: E402
+from text.corpus import Corpus  # noqa: E402
 
 NANOGPT_CPU = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "

@@ -46,8 +46,8 @@ def corpus_folder(tmp_path_factory):
     """A small prepared corpus: sentences over a few words, characters, with end-of-text tokens."""
     import numpy as np
 
-    from common.dataset import write_corpus
-    from common.tokenizer import CharTokenizer
+    from text.corpus import write_corpus
+    from text.tokenizer import CharTokenizer
 
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     words = "the quick brown fox jumps over a lazy dog and sleeps".split()
@@ -76,8 +76,8 @@ def tiny_gpt():
 def vocabularies():
     """A vocabulary per named pattern, learned from prose, code and all fixtures."""
     from bpe import train
-    from common.chunks import PATTERNS
     from tests.bpe_helpers import FIXTURES, PROSE
+    from text.chunks import PATTERNS
 
     texts = [PROSE, *[text for text in FIXTURES.values() for _ in range(3)]]
     return {pattern: train(texts, 1000, pattern) for pattern in PATTERNS}

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from common.beam import beam_search
-from common.decode import context_start, generate
+from decoding.beam import beam_search
+from decoding.stream import context_start, generate
 from model import GPT, KVCache
 from tests.helpers import POSITIONS
 from tests.twins import gpt2_twins, qwen3_twins

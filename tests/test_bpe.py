@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import bpe
 from bpe import BPE, EOT, SPECIAL_TOKENS, train
-from common import chunks as chunks_module
-from common.chunks import PATTERNS, count_chunks, splitter
-from common.merges import learn_merges
-from common.tokenizer_json import byte_characters
+from common.files import write_whole
+from formats.tokenizer_json import byte_characters
 from tests.bpe_helpers import FIXTURES, PROSE, adversarial, characters, same
+from text import chunks as chunks_module
+from text.chunks import PATTERNS, count_chunks, splitter
+from text.merges import learn_merges
 
 # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -377,13 +378,13 @@ def test_a_missing_file_and_a_future_version_are_told(tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError):
-        bpe.write_whole(tmp_path / "taken", "text")
+        write_whole(tmp_path / "taken", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_saving_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    bpe.write_whole(tmp_path / "link", "text")
+    write_whole(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "text\n"
 
 
@@ -391,5 +392,5 @@ def test_saving_to_a_pipe_writes_to_it_and_leaves_it_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor(1) as reader:
         text = reader.submit((tmp_path / "pipe").read_text)
-        bpe.write_whole(tmp_path / "pipe", "text")
+        write_whole(tmp_path / "pipe", "text")
         assert text.result() == "text\n" and (tmp_path / "pipe").is_fifo()

@@ -1,4 +1,4 @@
-"""The command lines of bpe.py and of common/tokenizer_json.py."""
+"""The command lines of bpe.py and of formats/tokenizer_json.py."""
 
 import io
 import os
@@ -12,9 +12,9 @@ import pytest
 import bpe
 from bpe import BPE, EOT, train
 from common import cli
-from common.chunks import PATTERNS, count_chunks, splitter
-from common.merges import learn_merges
 from tests.bpe_helpers import FIXTURES, PROSE, ROOT, same
+from text.chunks import PATTERNS, count_chunks, splitter
+from text.merges import learn_merges
 
 
 def run(*command: object, input: bytes = b"") -> subprocess.CompletedProcess:
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_clear_line(command, tmp_path):
 def test_the_tokenizer_json_command(vocabularies, tmp_path):
     vocabularies["gpt4"].save(tmp_path / "a.bpe")
     for kind, source, target in (("export", "a.bpe", "t.json"), ("import", "t.json", "b.bpe")):
-        done = run("-m", "common.tokenizer_json", kind, tmp_path / source, tmp_path / target)
+        done = run("-m", "formats.tokenizer_json", kind, tmp_path / source, tmp_path / target)
         assert done.returncode == 0, done.stderr
     assert same(BPE.load(tmp_path / "b.bpe"), vocabularies["gpt4"])
-    assert "usage: " in refused(run("-m", "common.tokenizer_json", "convert"))
+    assert "usage: " in refused(run("-m", "formats.tokenizer_json", "convert"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.chat import Template, check, read_conversations
-from common.tokenizer import BPETokenizer, CharTokenizer, ExtendedTokenizer, TiktokenTokenizer, load_tokenizer
+from text.chat import Template, check, read_conversations
+from text.tokenizer import BPETokenizer, CharTokenizer, ExtendedTokenizer, TiktokenTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"

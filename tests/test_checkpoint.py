@@ -9,11 +9,11 @@ import signal
 import pytest
 import torch
 
-from common import checkpoint
-from common.optim import make_optimizers
-from common.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
-from train import TrainConfig
+from runs import checkpoint
+from text.tokenizer import CharTokenizer
+from training.config import TrainConfig
+from training.optim import make_optimizers
 
 SHAPE = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, "mlp_dim": 16}
 

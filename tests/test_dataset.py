@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import dataset
-from common.dataset import Corpus, write_corpus
-from common.tokenizer import CharTokenizer, TiktokenTokenizer
+from text import corpus as dataset
+from text.corpus import Corpus, write_corpus
+from text.tokenizer import CharTokenizer, TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog, while in 1984 nobody's watching!".split(" ")
@@ -139,8 +139,8 @@ def test_documents_in_flight_are_bounded(workers):
 def test_memory_stays_flat_on_a_corpus_sixteen_times_larger(tmp_path):
     code = """if True:
         import itertools, resource, sys
-        from common.dataset import write_corpus
-        from common.tokenizer import CharTokenizer
+        from text.corpus import write_corpus
+        from text.tokenizer import CharTokenizer
         megabytes = int(sys.argv[2])
         book = ("some text\\n" * 10_000 for _ in range(megabytes * 5))  # half of it in one document
         short = (("val", "some text\\n" * 1000) for _ in range(megabytes * 50))  # half in short ones
@@ -201,8 +201,8 @@ def test_an_interruption_between_the_renames_leaves_nothing_that_opens(tmp_path,
 def test_a_killed_prepare_leaves_no_process_and_nothing_that_opens(tmp_path, tiny_encoding):
     code = """if True:
         import itertools, os, signal, sys
-        from common.dataset import write_corpus
-        from common.tokenizer import TiktokenTokenizer
+        from text.corpus import write_corpus
+        from text.tokenizer import TiktokenTokenizer
         def documents():
             for i in itertools.count():
                 if i == 40: os.kill(os.getpid(), signal.SIGKILL)

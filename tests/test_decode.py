@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.decode import choose, context_start, generate, log_likelihood, penalize, stream
+from decoding.stream import choose, context_start, generate, log_likelihood, penalize, stream
 from model import GPT
 from tests.helpers import POSITIONS, assert_close, random, tokens
 from tests.twins import gpt2_twins, qwen3_twins

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from common.beam import beam_search
-from common.decode import generate
-from common.fast import Int8Linear, PackedLinear, SplitLinear, next_step, speed_up
+from decoding.beam import beam_search
+from decoding.fast import Int8Linear, PackedLinear, SplitLinear, next_step, speed_up
+from decoding.stream import generate
 from model import GPT, GPTConfig, Head, KVCache
 from tests.helpers import assert_close, tokens
 

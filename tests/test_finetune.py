@@ -13,13 +13,14 @@ import torch
 import finetune
 import sample as sample_module
 import train
-from common import checkpoint, cli
-from common.chat import Template, read_conversations
-from common.packing import Rows, make_examples
-from common.tokenizer import CharTokenizer
+from common import cli
 from model import GPT, IGNORE, GPTConfig
+from runs import checkpoint
+from tasks.packing import Rows, make_examples
 from tests.helpers import assert_close
 from tests.test_train import final_files, log, losses
+from text.chat import Template, read_conversations
+from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
 BASE = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--mlp_dim=32", "--block_size=48", "--device=cpu"]

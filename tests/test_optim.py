@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
 from model import GPT, GPTConfig
-from train import TrainConfig
+from training.config import TrainConfig
+from training.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
 
 LR = 0.01
 CONFIG = TrainConfig(learning_rate=LR, weight_decay=0.1)

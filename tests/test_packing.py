@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.chat import Template
-from common.lora import LoRALinear, add_lora, merge_lora
-from common.packing import Example, Rows, make_examples, pack
-from common.tokenizer import CharTokenizer
 from model import IGNORE
+from tasks.packing import Example, Rows, make_examples, pack
 from tests.helpers import POSITIONS, assert_close
+from text.chat import Template
+from text.tokenizer import CharTokenizer
+from training.lora import LoRALinear, add_lora, merge_lora
 
 T = 16
 
@@ -199,8 +199,8 @@ def test_a_merged_correction_is_the_correction(corrected, bias):
 
 @pytest.mark.parametrize("targets", [("qkv",), ("out", "down"), ("qkv", "out", "up", "down")], ids=str)
 def test_only_the_corrections_have_gradients_and_optimizer_state(corrected, targets):
-    from common.optim import make_optimizers
-    from train import TrainConfig
+    from training.config import TrainConfig
+    from training.optim import make_optimizers
 
     model = corrected(targets=targets)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

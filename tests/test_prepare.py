@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import bpe
-from common import prepare
-from common.dataset import Corpus, parts_of
-from common.prepare import read_documents, split_of
-from common.tokenizer import CharTokenizer
+from data.shakespeare_char import tiny_shakespeare as shakespeare
+from text.corpus import Corpus, parts_of
+from text.documents import read_documents, split_of
+from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ def test_a_text_file_is_cut_at_the_line_break_before_its_last_part(tmp_path):
     "text", ["one\ntwo\nthree\nfour\n", "no breaks but spaces", "世界" * 20, "é", "\n\n\n\n", "🙂" * 9]
 )
 def test_a_text_file_loses_nothing_wherever_it_is_cut(tmp_path, monkeypatch, text, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    monkeypatch.setattr(shakespeare, "BLOCK", block)
     path = tmp_path / "a.txt"
     path.write_text(text)
     for val_fraction in (0.01, 0.3, 0.5, 0.8, 0.99):
@@ -128,7 +128,7 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, complaint)
 @pytest.mark.parametrize("block", [1, 4, 1 << 20])
 @pytest.mark.parametrize("content, line", [(b"a\nb\n\xff\nc", 3), (b"\xff\xfea\0", 1), (b"a\n\n\n\nb \xe4\xb8", 5)])
 def test_text_that_is_no_utf8_is_named_with_its_line(tmp_path, monkeypatch, content, line, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    monkeypatch.setattr(shakespeare, "BLOCK", block)
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     for val_fraction in (0.01, 0.99):
@@ -307,9 +307,9 @@ def test_shakespeare_learns_its_tokens_from_the_training_split(tmp_path):
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
 def test_shakespeare_without_network_says_where_to_get_it(tmp_path, monkeypatch, name):
     module = script(name)
-    monkeypatch.setattr(prepare, "SHAKESPEARE", tmp_path / "input.txt")
+    monkeypatch.setattr(shakespeare, "SHAKESPEARE", tmp_path / "input.txt")
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out")])
-    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
+    monkeypatch.setattr(shakespeare, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     with pytest.raises(ValueError, match="get the file from http://.* and pass it with --input FILE"):
         module.main()
 
@@ -318,14 +318,14 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     module = script("shakespeare_char")
     (tmp_path / "served.txt").write_text("to be or not to be\n" * 50)
     kept = tmp_path / "input.txt"
-    monkeypatch.setattr(prepare, "SHAKESPEARE", kept)
-    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", (tmp_path / "served.txt").as_uri())
+    monkeypatch.setattr(shakespeare, "SHAKESPEARE", kept)
+    monkeypatch.setattr(shakespeare, "SHAKESPEARE_URL", (tmp_path / "served.txt").as_uri())
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="is not tiny Shakespeare"):
         module.main()
     assert not kept.exists()
     digest = hashlib.sha256((tmp_path / "served.txt").read_bytes()).hexdigest()
-    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", digest)
+    monkeypatch.setattr(shakespeare, "SHAKESPEARE_SHA256", digest)
     module.main()
     (tmp_path / "served.txt").unlink()
     module.main()  # from the kept copy
@@ -369,7 +369,7 @@ def test_pydocs_documents_are_public_objects_and_none_is_there_twice(pydocs):
 def test_signatures_read_like_calls():
     import ast
 
-    from common.docstrings import members
+    from data.pydocs.docstrings import members
 
     source = """
 class Shelf(Base, metaclass=Meta):
@@ -423,5 +423,5 @@ def test_hub_corpora_stream_what_the_datasets_package_gives(tmp_path):
 
 
 def test_preparing_does_not_import_torch():
-    code = "import sys; import common.prepare, common.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys; import text.prepare, common.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

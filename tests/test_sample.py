@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.tokenizer import CharTokenizer, TiktokenTokenizer
 from sample import SampleConfig, Text, prompt_tokens, read_prompt
+from text.tokenizer import CharTokenizer, TiktokenTokenizer
 
 
 def test_characters_that_take_several_tokens_are_shown_whole(tiny_encoding):

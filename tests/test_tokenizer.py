@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bpe import BPE, train
-from common.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, tokenizer_from_name
+from text.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, tokenizer_from_name
 
 TEXT = "Grüße, 世界! 🙂\r\n\ttabs, and <|endoftext|> spelled out\n"
 
@@ -106,7 +106,7 @@ def test_a_damaged_vocabulary_and_a_foreign_tokenizer_json_are_told_apart(tmp_pa
     with pytest.raises(ValueError, match="tokenizer.json is damaged: its checksum differs"):
         load_tokenizer(tmp_path)
     path.write_text('{"version": "1.0", "model": {}}')
-    with pytest.raises(ValueError, match="for Hugging Face's: python -m common.tokenizer_json import"):
+    with pytest.raises(ValueError, match="for Hugging Face's: python -m formats.tokenizer_json import"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer at 'none.bpe'"):
         tokenizer_from_name("none.bpe")
@@ -193,7 +193,7 @@ def test_the_file_is_plain_json(tmp_path):
 def test_the_char_tokenizer_does_not_import_tiktoken():
     import subprocess
 
-    code = "import sys; from common.tokenizer import CharTokenizer; CharTokenizer('ab', True).encode('a'); " + (
+    code = "import sys; from text.tokenizer import CharTokenizer; CharTokenizer('ab', True).encode('a'); " + (
         "sys.exit('tiktoken' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=__file__.rsplit("/tests/", 1)[0]).returncode == 0

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bpe import BPE, EOT, train
-from common.chunks import PATTERNS
-from common.tokenizer_json import export_tokenizer_json, import_tokenizer_json
+from formats.tokenizer_json import export_tokenizer_json, import_tokenizer_json
 from tests.bpe_helpers import FIXTURES, PROSE, adversarial, same
+from text.chunks import PATTERNS
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])

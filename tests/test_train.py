@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import train
-from common import checkpoint
 from common.config import build, read_arguments, read_config_file
-from finetune import FinetuneConfig
 from model import GPTConfig
+from runs import checkpoint
+from tasks.sft import FinetuneConfig
+from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--mlp_dim=32", "--block_size=16", "--device=cpu"]
@@ -380,7 +381,7 @@ def test_wandb_gets_the_same_numbers_offline(command, monkeypatch, tmp_path):
 def test_every_config_in_the_repository_builds(path):
     given = read_config_file(str(path))
     if path.stem.startswith("sft_"):  # of its model, the run that it starts from knows the rest
-        configs = build(read_arguments([str(path)]), train.TrainConfig, FinetuneConfig, GPTConfig)
+        configs = build(read_arguments([str(path)]), TrainConfig, FinetuneConfig, GPTConfig)
         assert given["init_from"].startswith("out/")
     else:
         configs = train.configure([str(path)])

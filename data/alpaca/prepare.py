@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.chat import read_conversations
 from common.cli import run
-from common.prepare import by_question, conversation_parser, download, write_conversations
+from text.chat import read_conversations
+from text.prepare import by_question, conversation_parser, download, write_conversations
 
 HERE = Path(__file__).resolve().parent
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.chat import read_conversations
 from common.cli import run
-from common.prepare import by_question, conversation_parser, write_conversations
+from text.chat import read_conversations
+from text.prepare import by_question, conversation_parser, write_conversations
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from common.prepare import prepare_from_hub
+from text.prepare import prepare_from_hub
 
 if __name__ == "__main__":
     run(lambda: prepare_from_hub(__doc__, Path(__file__).resolve().parent, "Skylion007/openwebtext", None))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from common.docstrings import ASCII, PLAIN, docstrings, topics
-from common.prepare import corpus_parser, prepare, split_of
+from data.pydocs.docstrings import ASCII, PLAIN, docstrings, topics
+from text.documents import split_of
+from text.prepare import corpus_parser, prepare
 
 HERE = Path(__file__).resolve().parent
 MIN_WORDS = 8

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.chat import Message
 from common.cli import run
-from common.docstrings import ASCII, PLAIN, docstrings
-from common.prepare import conversation_parser, split_of, write_conversations
+from data.pydocs.docstrings import ASCII, PLAIN, docstrings
+from text.chat import Message
+from text.documents import split_of
+from text.prepare import conversation_parser, write_conversations
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 200  # characters of an answer: a small model's context has room for question and answer

@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from common.dataset import write_corpus
-from common.prepare import add_vocab_size, learned_tokenizer, report, shakespeare_parser, tiny_shakespeare
-from common.tokenizer import tokenizer_from_name
+from data.shakespeare_char.tiny_shakespeare import shakespeare_parser, tiny_shakespeare
+from text.corpus import write_corpus
+from text.prepare import add_vocab_size, learned_tokenizer, report
+from text.tokenizer import tokenizer_from_name
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from common.dataset import write_corpus
-from common.prepare import report, shakespeare_parser, tiny_shakespeare
-from common.tokenizer import CharTokenizer
+from data.shakespeare_char.tiny_shakespeare import shakespeare_parser, tiny_shakespeare
+from text.corpus import write_corpus
+from text.prepare import report
+from text.tokenizer import CharTokenizer
 
 
 def main() -> None:

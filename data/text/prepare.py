@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from common.prepare import corpus_parser, prepare, read_documents
+from text.documents import read_documents
+from text.prepare import corpus_parser, prepare
 
 
 def main() -> None:

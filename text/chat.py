@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.tokenizer import ExtendedTokenizer, Tokenizer
+from text.tokenizer import ExtendedTokenizer, Tokenizer
 
 END = "<|end|>"
 ROLES = ("system", "user", "assistant")

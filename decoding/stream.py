@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.fast import next_step
+from decoding.fast import next_step
 from model import GPT, KVCache
+from text.tokenizer import Tokenizer
 
 DRAWN = 1024  # random numbers drawn at once per row
 SCORE_BATCH = 8  # windows of a text that are read at once to score it
@@ -85,6 +86,18 @@ def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1)
     logits, _ = model(idx, cache=cache, lengths=lengths, last_only=True)
     rows = torch.tensor(rows, device=weight.device)
     return logits[rows, -1], cache.regroup(rows.view(-1, side_by_side), room)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt as the beginning of a document: after an end-of-text token where the tokenizer has one."""
+    if tokenizer.eot_id is not None:
+        return [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except ValueError:
+        if prompt:
+            raise
+        raise ValueError("give a --prompt: this tokenizer has neither an end-of-text token nor a line end") from None
 
 
 def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.decode import check_finite, check_prompts, context_start, read
+from decoding.stream import check_finite, check_prompts, context_start, read
 from model import GPT, NOWHERE, KVCache
 
 

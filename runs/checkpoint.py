@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.chat import TOKENS
 from common.config import build
-from common.lora import add_lora, merge_lora
-from common.tokenizer import FILE_NAME as TOKENIZER_FILE
-from common.tokenizer import Tokenizer, load_tokenizer, write_json
+from common.files import write_json
 from model import GPT, GPTConfig
+from text.chat import TOKENS
+from text.tokenizer import FILE_NAME as TOKENIZER_FILE
+from text.tokenizer import Tokenizer, load_tokenizer
+from training.lora import add_lora, merge_lora
 
 GO_ON = "delete that checkpoint's folder to go on from the one before"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

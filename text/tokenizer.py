@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import BPE, EOT, write_whole
+from bpe import BPE, EOT
+from common.files import write_json
 
 FILE_NAME = "tokenizer.json"
 
@@ -194,7 +195,7 @@ def _from_content(content: object, path: Path) -> Tokenizer:
         case {"kind": "extended", "base": dict(base), "special_tokens": [*added]} if base.get("kind") != "extended":
             return ExtendedTokenizer(_from_content(base, path), [str(name) for name in added])
     hint = (
-        "; for Hugging Face's: python -m common.tokenizer_json import"
+        "; for Hugging Face's: python -m formats.tokenizer_json import"
         if isinstance(content, dict) and "model" in content
         else ""
     )
@@ -221,11 +222,6 @@ def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokeni
         return TiktokenTokenizer(spec)
     except ValueError as error:
         raise ValueError(f"{error}; --tokenizer also takes 'char' and the path of a saved tokenizer") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` to `path`: the new file is there whole and on disk, or the old one still is."""
-    write_whole(path, json.dumps(content, indent=1))
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from common.tokenizer import Tokenizer, load_tokenizer, write_json
+from common.files import write_json
+from text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # torch takes seconds to import and much memory: the workers that tokenise must do without
     import torch

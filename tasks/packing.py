@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.chat import Message, Template
-from common.dataset import IGNORED, epoch_order
+from text.chat import Message, Template
+from text.corpus import IGNORED, epoch_order
 
 MULTIPLE = 16  # padded batches have a length that is a multiple of this: fewer shapes to be compiled
 

@@ -1,7 +1,7 @@
 """Byte-level BPE vocabularies to and from the tokenizer.json of Hugging Face tokenizers, with the same ids.
 
-python -m common.tokenizer_json import tokenizer.json mine.bpe
-python -m common.tokenizer_json export mine.bpe tokenizer.json
+python -m formats.tokenizer_json import tokenizer.json mine.bpe
+python -m formats.tokenizer_json export mine.bpe tokenizer.json
 """
 
 import json
@@ -9,8 +9,10 @@ import os
 import re
 import sys
 
-from bpe import BPE, PATTERNS, read_json, write_whole
+from bpe import BPE
 from common import cli
+from common.files import read_json, write_whole
+from text.chunks import PATTERNS
 
 # Hugging Face's regular expressions are Ruby's, where {1,3}+ means any number of {1,3}, and not "possessive".
 REPEATED = re.compile(r"\{[0-9]*,?[0-9]*\}\+")
@@ -137,7 +139,7 @@ def main() -> None:
         case ["export", source, target]:
             export_tokenizer_json(BPE.load(source), target)
         case _:
-            raise ValueError("usage: python -m common.tokenizer_json import|export SOURCE TARGET")
+            raise ValueError("usage: python -m formats.tokenizer_json import|export SOURCE TARGET")
 
 
 if __name__ == "__main__":

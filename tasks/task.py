@@ -1,0 +1,29 @@
+"""What a task is, and where its data lies."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from model import GPT
+from text.tokenizer import Tokenizer
+
+
+@dataclass
+class Task:
+    """What there is to learn, as the loop sees it: batches are keyword arguments of GPT.forward, on the CPU."""
+
+    batch: Callable[[int, slice], dict[str, Tensor]]  # (step, rows of that step's whole batch) → a micro-batch
+    validation: Callable[[int, int], Iterator[dict[str, Tensor]]]  # (rank, world_size) → that process's share
+    tokens_per_byte: float  # of the validation text; turns a loss per token into bits per byte
+    tokens_per_step: int  # on average
+    tokenizer: Tokenizer
+    preview: Callable[[GPT], str]  # what to show of the model as it is now, at every sample_interval
+
+
+def dataset_folder(dataset: str, file: str) -> Path:
+    """The data set of that name under data/, or at that path if the file is there."""
+    named = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "data" / dataset))
+    return named if named.is_dir() and not Path(dataset, file).exists() else Path(dataset)

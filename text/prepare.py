@@ -1,0 +1,178 @@
+"""What the data/*/prepare.py commands share: their options, the vocabulary to learn, what to write and to report."""
+
+import argparse
+import itertools
+import json
+import os
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+import bpe
+from common.files import write_whole
+from text.chat import Message
+from text.corpus import SPLITS, Document, parts_of, pieces, write_corpus
+from text.documents import hub_documents, read_documents, split_of
+from text.tokenizer import BPETokenizer, tokenizer_from_name
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def corpus_parser(
+    description: str, *, output: Path | None, tokenizer: str | int, val_fraction: float
+) -> argparse.ArgumentParser:
+    """A parser with the common options and these defaults; without `output`, --output must be given.
+
+    tokenizer: a name as for --tokenizer, or a number as for --vocab_size.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "default: %(default)s"
+    parser.add_argument(
+        "--output",
+        default=output,
+        required=output is None,
+        metavar="DIR",
+        help="folder to write the corpus to" + (f"; {default}" if output else ""),
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--tokenizer",
+        metavar="T",
+        help="char (a token per character), a tiktoken encoding's name (gpt2, cl100k_base, o200k_base, ...), or the "
+        "path of a saved tokenizer or of a vocabulary of bpe.py"
+        + (f"; default: {tokenizer}" if isinstance(tokenizer, str) else ""),
+    )
+    add_vocab_size(either, None, tokenizer if isinstance(tokenizer, int) else None)
+    parser.set_defaults(default_tokenizer=tokenizer)
+    parser.add_argument(
+        "--val_fraction", default=val_fraction, type=float, metavar="F", help=f"share kept for validation; {default}"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one per CPU")
+    return parser
+
+
+def add_vocab_size(parser, default: int | None, shown: int | None = None) -> None:
+    """The option of `learned_tokenizer`."""
+    text = "learn a vocabulary of N tokens from the training split (see bpe.py), end-of-text and chat tokens included"
+    suffix = f"; default: {default or shown}" if default or shown else ""
+    parser.add_argument("--vocab_size", type=int, metavar="N", default=default, help=text + suffix)
+
+
+def learned_tokenizer(documents: Iterable[Document], vocab_size: int, workers: int | None = None) -> BPETokenizer:
+    """A vocabulary that bpe.py learns from those of the documents that are for training."""
+    texts = (text for split, text, _ in pieces(documents) if split == "train")
+    return BPETokenizer(bpe.train(texts, vocab_size, workers=workers, progress=True))
+
+
+def prepare(
+    documents: Callable[[], Iterable[Document]], args: argparse.Namespace, total_bytes: int | None = None
+) -> None:
+    """Write the corpus that `args` (of `corpus_parser`) asks for, and report it.
+
+    `documents()` starts the stream anew: characters and vocabularies are collected in a first reading.
+    """
+    if not 0 < args.val_fraction < 1:
+        raise ValueError(f"--val_fraction={args.val_fraction}: give a share between 0 and 1, such as 0.01")
+    chosen = args.tokenizer if args.vocab_size is None else args.vocab_size
+    chosen = args.default_tokenizer if chosen is None else chosen
+    if isinstance(chosen, int):
+        tokenizer = learned_tokenizer(documents(), chosen, args.workers)
+    else:
+        tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
+    meta = write_corpus(args.output, documents(), tokenizer, workers=args.workers, total_bytes=total_bytes)
+    report(args.output, meta)
+
+
+def prepare_from_hub(description: str, output: Path, name: str, subset: str | None) -> None:
+    """The whole command for the Hub's data set `name`: see `hub_documents`."""
+    parser = corpus_parser(description, output=output, tokenizer="gpt2", val_fraction=0.0005)
+    parser.add_argument("--input", nargs="+", metavar="FILE", help="read these .parquet or .jsonl files, not the Hub")
+    parser.add_argument(
+        "--max_documents", type=int, metavar="N", help="take the first N documents (10000 to try it out); default: all"
+    )
+    args = parser.parse_args()
+    if args.max_documents is not None and args.max_documents < 1:
+        raise ValueError(f"--max_documents={args.max_documents}: give 1 or more, or leave it out for all")
+
+    def documents() -> Iterator[Document]:
+        if args.input:
+            found = read_documents(args.input, args.val_fraction)
+        else:
+            found = hub_documents(name, subset, args.val_fraction)
+        return itertools.islice(found, args.max_documents)
+
+    prepare(documents, args)
+
+
+def report(folder: str | Path, meta: dict) -> None:
+    """Print what a corpus holds."""
+    print(f"{os.path.relpath(folder)}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']} tokens")
+    for split in SPLITS:
+        tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
+        print(f"  {split:5} {documents:>13,} documents {size:>16,} bytes of text {tokens:>16,} tokens")
+
+
+# --- conversations -----------------------------------------------------------------------------------------------
+
+
+def conversation_parser(description: str, *, output: Path | None, val_fraction: float) -> argparse.ArgumentParser:
+    """A parser with the options that all commands for conversations have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "; default: %(default)s" if output else ""
+    text = f"folder to write train.jsonl and val.jsonl to{default}"
+    parser.add_argument("--output", default=output, required=output is None, metavar="DIR", help=text)
+    text = "share kept for validation; default: %(default)s"
+    parser.add_argument("--val_fraction", default=val_fraction, type=float, metavar="F", help=text)
+    return parser
+
+
+def by_question(conversations: Iterable[list[Message]], val_fraction: float) -> Iterator[tuple[str, list[Message]]]:
+    """(split, messages): a hash of the first user message decides, so that no question is in both splits."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.05")
+    for messages in conversations:
+        question = next(message["content"] for message in messages if message["role"] == "user")
+        yield split_of(question, val_fraction), messages
+
+
+def write_conversations(folder: str | Path, conversations: Iterable[tuple[str, list[Message]]]) -> None:
+    """Write each split's different conversations as JSON lines, and report them. ValueError for an empty split.
+
+    An old data set in `folder` stays until the new one is complete.
+    """
+    folder, lines = Path(folder), {split: {} for split in SPLITS}
+    if folder.is_file() or (folder / "config.json").exists():
+        raise ValueError(f"--output={folder} is a {'file' if folder.is_file() else 'run'}: name a folder of its own")
+    repeated = 0
+    for split, messages in conversations:
+        line = json.dumps({"messages": messages}, ensure_ascii=False)
+        repeated += line in lines[split]
+        lines[split][line] = sum(len(message["content"].encode()) for message in messages)
+    for split in SPLITS:
+        if not lines[split]:
+            raise ValueError(f"the {split} split is empty: give more conversations, or another --val_fraction")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in reversed(SPLITS):  # train.jsonl comes last: it is what tells that both are there
+        write_whole(folder / f"{split}.jsonl", "\n".join(lines[split]))
+    print(f"{os.path.relpath(folder)}:" + (f" {repeated:,} repeated conversations left out" if repeated else ""))
+    for split in SPLITS:
+        print(f"  {split:5} {len(lines[split]):>9,} conversations {sum(lines[split].values()):>13,} bytes of text")
+
+
+def download(url: str) -> bytes:
+    """What the address sends; ValueError when it does not come."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            content = b""
+            with tqdm(total=size, unit="B", unit_scale=True, desc="download", disable=None) as bar:
+                while block := response.read(1 << 16):
+                    content += block
+                    bar.update(len(block))
+    except OSError as error:
+        raise ValueError(f"no download ({error}): get the file from {url} and pass it with --input FILE") from None
+    if size is not None and len(content) != size:
+        raise ValueError(f"the download of {url} broke off after {len(content)} of {size} bytes: try again")
+    return content
