@@ -22,7 +22,7 @@ from decoding.beam import Hypothesis, beam_search
 from decoding.fast import check_int8, speed_up
 from decoding.stream import Token, generate, log_likelihood, prompt_tokens, stream
 from model import GPT
-from runs.checkpoint import load_config, load_model
+from runs.run import Run
 from text.chat import Template
 from text.tokenizer import Tokenizer
 from training.device import DTYPES, pick_device, pick_dtype
@@ -379,14 +379,15 @@ def main() -> None:
     (config,) = build(read_arguments(sys.argv[1:]), SampleConfig)
     device = pick_device(config.device)
     text = read_prompt(config.prompt)
-    model, tokenizer, _ = load_model(config.out_dir, config.checkpoint, device)
+    run = Run.open(config.out_dir)
+    model, tokenizer = run.load_model(config.checkpoint).to(device), run.tokenizer
     for p in model.parameters():  # not the tables of positions: training has them in float32 too
         p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
     if config.score:
         return write_score(model, tokenizer, config)
     rows = 1 if config.chat else max(config.num_samples, config.num_beams)
     model = speed_up(model, rows, config.quantize)
-    template = Template(tokenizer) if load_config(config.out_dir)["chat"] is not None else None
+    template = Template(tokenizer) if run.fine_tuned else None
     if config.chat:
         return chat(model, tokenizer, config, template)
     prompt = make_prompt(tokenizer, template, text)

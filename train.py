@@ -12,11 +12,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -25,28 +23,24 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import cli
-from common.config import build, help_text, read_arguments
+from common.config import help_text, read_arguments
 from model import GPT, IGNORE, GPTConfig
-from runs import checkpoint
-from tasks.pretrain import open_corpus, pretraining_task
+from runs.checkpoint import list_checkpoints
+from runs.run import Run
+from runs.start import RunFolder, Start, decide
+from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
-from text.corpus import Corpus
-from text.tokenizer import FILE_NAME as TOKENIZER_FILE
-from text.tokenizer import Tokenizer
 from training.config import TrainConfig
 from training.device import Process, autocast, peak_flops, start_process, stop_process
 from training.interrupt import interruptible
-from training.log import Log, rewind_log
-from training.optim import learning_rate_at, make_optimizers
+from training.memory import check_memory
+from training.optim import learning_rate_at
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
 USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no config: config/pydocs.py)
        torchrun --nproc_per_node=N train.py config/x.py [--key=value ...]
 
 The keys, with the values that hold where neither the config file nor the command line says otherwise:"""
-
-# What a run that goes on from another's weights may change of its model; any other field would make it another model.
-MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,8 +50,8 @@ MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
 class Trainer:
     """A model, its optimizers and a task, carried from step to step.
 
-    model is the GPT itself; network the same, wrapped for speed and data parallelism. state is what a checkpoint
-    remembers besides weights and optimizers; None: a run that begins.
+    model is the GPT itself; network is the same, wrapped for speed and data parallelism. state is what a checkpoint
+    remembers besides weights and optimizers; None for a run that begins.
     """
 
     def __init__(
@@ -73,37 +67,37 @@ class Trainer:
         self.network = self.evaluator
         if process.world_size > 1:
             self.network = DistributedDataParallel(self.evaluator, broadcast_buffers=False)  # they are constants
-        self.saved_step = self.state["step"]  # nothing to save or evaluate there
-        self.pending: list[Tensor] = []  # loss and gradient norm of steps that nobody has waited for
-        self.tokens_per_step = task.tokens_per_step
+        self.saved_step = self.state["step"]  # the last step that was evaluated and saved
+        self.pending: list[Tensor] = []  # losses and gradient norms still on the device, read together at the next log
         self.peak_flops = peak_flops(process.device, process.dtype)
 
-    def train(self) -> None:
+    def train(self, folder: RunFolder) -> None:
         """Run to max_iters, evaluating, logging and saving on the way.
 
-        SIGINT and SIGTERM finish the step, save, and exit with a line that says how to go on.
+        A signal to stop finishes the step, saves, and exits with a line that says how to go on.
         """
-        config, state = self.config, self.state
-        self.begin = time.perf_counter() - state["seconds"]
-        self.clock = time.perf_counter()
-        settings = vars(config) | asdict(self.model.config)
-        self.log = Log(config, settings, self.process.rank == 0, state["step"])
-        with closing(self.log), closing(self), interruptible(self.process.world_size == 1) as caught:
+        config, state, self.folder, self.log = self.config, self.state, folder, folder.log
+        self.begin, self.clock = time.perf_counter() - state["seconds"], time.perf_counter()
+        with closing(self), interruptible(self.process.world_size == 1) as caught:
             while True:
+                # Evaluate, save, and show what the model has learned
                 step = state["step"]
-                due = step % config.eval_interval == 0 or step >= config.max_iters
-                if due and (step != self.saved_step or step == 0):
+                last = step >= config.max_iters
+                if (step % config.eval_interval == 0 or last) and (step != self.saved_step or step == 0):
                     self.evaluate_and_save()
-                if step >= config.max_iters:
+                if last:
                     return
-                (signals,) = self.process.total(len(caught))
-                if signals:
-                    self.flush()
-                    if step != self.saved_step:
-                        self.save(val_loss=None)
-                    self.log.say(f"stopped at step {step}; continue with --init_from=resume --out_dir={config.out_dir}")
-                    raise SystemExit(128 + max(caught, default=signal.SIGTERM))
-                self.update()
+                self.stop_if_asked(caught)
+
+                # One step: its micro-batches, their gradients, one update of the weights
+                batches, target_count = self.next_batches(step)
+                loss = self.forward_backward(step, batches, target_count)
+                grad_norm = self.clip_gradients()
+                self.update_weights(step, grad_norm)
+
+                # Log
+                self.pending.append(torch.stack((loss, grad_norm)))
+                state["step"] += 1
                 if state["step"] % config.log_interval == 0:
                     self.flush()
 
@@ -111,41 +105,57 @@ class Trainer:
         """Let go of the wrapped model, whatever ends the run: see `stop_process`."""
         del self.network, self.evaluator
 
-    def update(self) -> None:
-        """One step: gradients of all its micro-batches, one update of the weights."""
-        config, process, step = self.config, self.process, self.state["step"]
-        B, micro_steps = config.batch_size, config.gradient_accumulation_steps // process.world_size
-        mine = range(process.rank * micro_steps, (process.rank + 1) * micro_steps)
-        batches = [self.task.batch(step, slice(i * B, (i + 1) * B)) for i in mine]
+    def next_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """This process's micro-batches of the step, and what to divide their summed losses by.
+
+        DDP averages the gradients over processes where their sum is wanted: hence the division by world_size.
+        """
+        process, B = self.process, self.config.batch_size
+        batches = [self.task.batch(step, slice(i * B, (i + 1) * B)) for i in self.micro_steps()]
         (count,) = process.total(sum(int((batch["targets"] != IGNORE).sum()) for batch in batches))
-        # DDP averages the gradients over processes, and we want their sum: hence the division by world_size here.
-        count = torch.full((), max(count, 1.0) / process.world_size, device=process.device)
+        return batches, torch.full((), max(count, 1.0) / process.world_size, device=process.device)
+
+    def micro_steps(self) -> range:
+        """The numbers, within a step, of the micro-steps that this process does."""
+        n = self.config.gradient_accumulation_steps // self.process.world_size
+        return range(self.process.rank * n, (self.process.rank + 1) * n)
+
+    def forward_backward(self, step: int, batches: list[dict[str, Tensor]], target_count: Tensor) -> Tensor:
+        """Accumulate the gradients of all micro-batches; returns the step's loss, the mean over all its targets."""
+        process, mine = self.process, self.micro_steps()
         step_loss = torch.zeros((), device=process.device)
         for i, batch in zip(mine, batches, strict=True):
-            torch.manual_seed(int(np.random.default_rng([config.seed, step, i]).integers(2**63)))  # dropout
+            torch.manual_seed(int(np.random.default_rng([self.config.seed, step, i]).integers(2**63)))  # dropout
             waits = process.world_size > 1 and i < mine[-1]
             with self.network.no_sync() if waits else nullcontext():  # exchange gradients once per step
                 with autocast(process.device, process.dtype):
-                    _, loss = self.network(**to_device(batch, process.device), target_count=count)
+                    _, loss = self.network(**to_device(batch, process.device), target_count=target_count)
                 self.scaler.scale(loss).backward()
             step_loss += loss.detach()
         if process.world_size > 1:
             dist.all_reduce(step_loss)
             step_loss /= process.world_size
+        return step_loss
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradient's global norm to grad_clip; returns the norm before that."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or float("inf"))
-        # A float16 gradient may overflow in the weights of one optimizer: then all of them skip the step.
-        skip = process.dtype == "float16" and not grad_norm.isfinite()
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+
+    def update_weights(self, step: int, grad_norm: Tensor) -> None:
+        """One step of every optimizer, at the schedule's learning rate.
+
+        A float16 gradient may overflow in the weights of one optimizer: then all of them skip the step.
+        """
+        skip = self.process.dtype == "float16" and not grad_norm.isfinite()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
+                group["lr"] = learning_rate_at(step, self.config)
             if not skip:
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.pending.append(torch.stack((step_loss, grad_norm)))
-        self.state["step"] += 1
 
     def flush(self) -> None:
         """Wait for the pending steps, refuse to go on if one was not finite, and log the last if log_interval says so.
@@ -153,25 +163,25 @@ class Trainer:
         Waiting seldom keeps the GPU busy. With float16 an infinite gradient is normal: GradScaler skips that step.
         """
         if self.pending:
-            config, last = self.config, self.state["step"]
+            config, last, tokens_per_step = self.config, self.state["step"], self.task.tokens_per_step
             losses = torch.stack(self.pending).tolist()
             for step, (loss, norm) in enumerate(losses, start=last - len(losses) + 1):
                 if not (math.isfinite(loss) and (math.isfinite(norm) or self.process.dtype == "float16")):
                     raise ValueError(broken_down(f"step {step}: loss {loss}, gradient norm {norm}", config.out_dir))
             now = time.perf_counter()
-            speed = self.tokens_per_step * len(losses) / (now - self.clock)
+            speed = tokens_per_step * len(losses) / (now - self.clock)
             if last % config.log_interval == 0 or last == config.max_iters:
                 peak = (self.peak_flops or math.inf) * self.process.world_size
                 self.log.training(
                     step=last, train_loss=loss, lr=learning_rate_at(last - 1, config), grad_norm=norm,
-                    tokens=last * self.tokens_per_step, seconds=now - self.begin, tokens_per_second=speed,
+                    tokens=last * tokens_per_step, seconds=now - self.begin, tokens_per_second=speed,
                     mfu=speed * self.model.flops_per_token() / peak,
                 )  # fmt: skip
             self.pending.clear()
         self.clock = time.perf_counter()
 
     def evaluate_and_save(self) -> None:
-        """Evaluate, log it, print a sample if it is time to, and save (step 0 has nothing to save)."""
+        """Evaluate, log it, save (step 0 has nothing to save), and show a sample if it is time to."""
         self.flush()
         config, state = self.config, self.state
         metrics = evaluate(self.evaluator, self.task, self.process)
@@ -197,8 +207,19 @@ class Trainer:
         self.saved_step = self.state["step"]
         seconds = time.perf_counter() - self.begin
         self.state.update(val_loss=val_loss, seconds=seconds, scaler=self.scaler.state_dict())
-        if self.process.rank == 0:
-            checkpoint.save_checkpoint(self.config.out_dir, self.model, self.optimizers, self.state)
+        self.folder.save(self.model, self.optimizers, self.state)
+
+    def stop_if_asked(self, caught: list[int]) -> None:
+        """If any process has caught a signal to stop: save this step, if it is not saved yet, and exit."""
+        (signals,) = self.process.total(len(caught))
+        if not signals:
+            return
+        self.flush()
+        step = self.state["step"]
+        if step != self.saved_step:
+            self.save(val_loss=None)
+        self.log.say(f"stopped at step {step}; continue with --init_from=resume --out_dir={self.config.out_dir}")
+        raise SystemExit(128 + max(caught, default=signal.SIGTERM))
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -225,7 +246,7 @@ def evaluate(network, task: Task, process: Process) -> dict[str, float]:
 
 def broken_down(what: str, out_dir: str) -> str:
     """What to say when a number is not finite."""
-    saved = checkpoint.list_checkpoints(out_dir)
+    saved = list_checkpoints(out_dir)
     last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
     return f"{what}; {last}. Try a lower learning_rate, more warmup_iters, a smaller grad_clip or dtype=float32" + (
         ", with --init_from=resume" if saved else ""
@@ -233,165 +254,68 @@ def broken_down(what: str, out_dir: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pretraining command
+# What both training commands do
 
 
-def configure(argv: list[str]) -> tuple[TrainConfig, GPTConfig]:
-    """The configs that the arguments ask for, on top of those of the run they resume or start from."""
-    given = read_arguments(argv)
-    init_from = given.get("init_from", ("scratch",))[0]
-    if init_from == "scratch" and not any(not argument.startswith("--") for argument in argv):
-        given = read_arguments([DEFAULT_CONFIG, *argv])
-    if init_from == "scratch":
-        return tuple(build(given, TrainConfig, GPTConfig))
-    source = given.get("out_dir", (TrainConfig.out_dir,))[0] if init_from == "resume" else init_from
-    if not isinstance(source, str):
-        raise ValueError("init_from and out_dir are written --key=value: scratch, resume or the folder of a run")
-    if init_from == "resume" and checkpoint.load_config(source)["chat"] is not None:
-        raise ValueError(f"{source} is a fine-tuned run: go on with finetune.py")
-    if (checkpoint.load_config(source)["chat"] or {}).get("lora"):
-        raise ValueError(f"{source} holds LoRA's corrections only: start from its base, or go on with finetune.py")
-    return tuple(on_top_of(source, init_from == "resume", given, TrainConfig, GPTConfig))
-
-
-def on_top_of(source: str, resuming: bool, given: dict, *classes: type) -> list:
-    """The configs, with what the run in source says where nothing was given; ValueError if another model is asked for.
-
-    given: as `read_arguments` returns it. classes: of TrainConfig's kind, the last one is GPTConfig.
-    """
-    run = checkpoint.load_config(source)
-    base = run["model"] | (run["train"] if resuming else {})
-    values = {key: (value, f"{source}/config.json") for key, value in base.items()} | given
-    config, *others, model_config = build(values, *classes)
-    for key, now in asdict(model_config).items() | {("optimizer", config.optimizer)}:
-        if key not in MAY_CHANGE and now != base.get(key, now) and (key, now) != ("vocab_size", 0):
-            raise ValueError(f"{key} is {base[key]} in {source} and cannot become {now}: train a new model for that")
-    return [config, *others, model_config]
-
-
-def check_tokenizers(corpus: Corpus, out_dir: str) -> None:
-    """ValueError unless the run in out_dir was trained with the corpus's tokenizer."""
-    path = Path(out_dir) / TOKENIZER_FILE
-    if not path.is_file() or path.read_bytes() != (corpus.folder / TOKENIZER_FILE).read_bytes():
-        raise ValueError(
-            f"{out_dir} was trained with another tokenizer than that of {corpus.folder}: prepare the text again"
-        )
-
-
-def start(
-    config: TrainConfig, model_config: GPTConfig, corpus: Corpus, process: Process
-) -> tuple[GPT, list, dict | None]:
-    """The model on its device, its optimizers, and the state to go on from (None for a new run)."""
-    model_config.vocab_size = model_config.vocab_size or corpus.vocab_size
-    if model_config.vocab_size < corpus.vocab_size:
-        raise ValueError(
-            f"vocab_size={model_config.vocab_size} is less than the corpus's {corpus.vocab_size} token ids"
-        )
-    torch.manual_seed(config.seed)
-    model = GPT(model_config)
-    if config.init_from == "resume":
-        check_tokenizers(corpus, config.out_dir)
-    source, path = weights_from(config)
-    if path:
-        check_tokenizers(corpus, source)
-        checkpoint.verify(path)
-        checkpoint.load_weights(model, path)
-    return model, *set_up(model, config, process, path)
-
-
-def weights_from(config: TrainConfig) -> tuple[str, Path | None]:
-    """The run that the weights come from, and its checkpoint: None for "scratch"."""
-    source, resuming = config.init_from, False
-    if source == "resume":
-        resuming = bool(checkpoint.list_checkpoints(config.out_dir))
-        source = config.out_dir if resuming else first_init_from(config)  # killed before it saved: start over
-    if source == "scratch":
-        return source, None
-    return source, checkpoint.find_checkpoint(source, "latest" if resuming else "best")
-
-
-def set_up(model: GPT, config: TrainConfig, process: Process, path: Path | None) -> tuple[list, dict | None]:
-    """Move the model to its device; its optimizers, and the state to go on from if path is of the run itself."""
+def train_or_evaluate(
+    run: Run, start: Start, model: GPT, task: Task, config: TrainConfig, process: Process, about: list[str]
+) -> None:
+    """Evaluate only, if the config says so; else train in the run's folder, beginning with the lines about the run."""
     model.to(process.device)
-    optimizers, state = make_optimizers(model, config), None
-    if config.init_from == "resume" and path and path.is_relative_to(config.out_dir):
-        state = checkpoint.read_state(path)
-        checkpoint.load_optimizers(model, optimizers, path)
-    return optimizers, state
-
-
-def first_init_from(config: TrainConfig) -> str:
-    """What the run in out_dir began from, however often it was resumed."""
-    return checkpoint.load_config(config.out_dir)["train"].get("init_from", "scratch")
-
-
-def open_run(
-    config: TrainConfig,
-    model_config: GPTConfig,
-    tokenizer: Tokenizer,
-    state: dict | None,
-    more: dict,
-    chat: dict | None,
-) -> TextIO:
-    """Make the run's folder, or rewind its log to the checkpoint that it goes on from; returns the lock on it."""
-    init_from = config.init_from
-    lock = checkpoint.lock_run(config.out_dir) if Path(config.out_dir, ".lock").exists() else None
-    if init_from == "resume":
-        init_from = first_init_from(config)
-        rewind_log(config.out_dir, state["step"] if state else -1)
-    elif aside := checkpoint.start_run(config.out_dir, tokenizer):
-        print(f"{config.out_dir} held a run already: it is now {aside}")
-        lock = None  # it went with the folder
-    settings = asdict(config) | more | {"init_from": init_from}
-    checkpoint.save_config(config.out_dir, asdict(model_config), settings, chat)
-    return lock or checkpoint.lock_run(config.out_dir)
-
-
-def run(
-    config: TrainConfig, model: GPT, optimizers: list, task: Task, state: dict | None, process: Process, about: str,
-    more: dict | None = None, chat: dict | None = None, opened: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
-    """Only evaluate, if the config says so; else open the run's folder, tell what it is about, and train.
-
-    more, chat: what config.json is to hold besides the two configs; opened(): what else is to be done with the folder
-    (see finetune.py).
-    """
     if config.eval_only:
         metrics = evaluate(model, task, process)
         if process.rank == 0:
             print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return
-    if state and state["step"] >= config.max_iters:
-        if process.rank == 0:
-            print(f"{config.out_dir} has done {state['step']} of {config.max_iters} steps: --max_iters=N goes on")
-        return
-    process.total(0)  # all have read what open_run may move
-    lock = None
-    try:
-        if process.rank == 0:
-            lock = open_run(config, model.config, task.tokenizer, state, more or {}, chat)
-            opened()
-            print(about)
-            print(f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}")
-        Trainer(model, optimizers, task, config, process, state).train()
-    finally:
-        if lock:
-            lock.close()
+    trainer = Trainer(model, start.optimizers(model, config), task, config, process, start.state)
+    process.total(0)  # wait until all processes have read the files that opening the folder may move
+    with RunFolder(run, start, task.tokenizer, config, active=process.rank == 0) as folder:
+        for line in [
+            *folder.notes, *about,
+            f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}",
+            f"{config.max_iters:,} steps: {config.max_iters / task.steps_per_pass:,.1f} passes over the training data, "
+            f"{task.steps_per_pass:,.1f} steps each",
+        ]:  # fmt: skip
+            folder.log.say(line)
+        trainer.train(folder)
+
+
+def say_finished(start: Start, config: TrainConfig, process: Process) -> None:
+    """Say that a resumed run has nothing left to do."""
+    if process.rank == 0:
+        print(f"{config.out_dir} has done {start.state['step']} of {config.max_iters} steps: --max_iters=N goes on")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pretraining command
+
+
+def configure(argv: list[str]) -> tuple[Start, TrainConfig, GPTConfig]:
+    """Where the run begins, and the configs that the arguments ask for."""
+    given = read_arguments(argv)
+    start = decide(given, vars(TrainConfig()), "pretrain")
+    if start == Start() and all(argument.startswith("--") for argument in argv):  # no config file
+        given = read_arguments([DEFAULT_CONFIG, *argv])
+    return start, *start.configs(given, TrainConfig, GPTConfig)
 
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(USAGE, TrainConfig, GPTConfig))
         return
-    config, model_config = configure(sys.argv[1:])
+    start, config, model_config = configure(sys.argv[1:])
     corpus = open_corpus(config.dataset)
+    tokenizer = choose_tokenizer(corpus, start.resumes or start.source, model_config)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
     try:
-        model, optimizers, state = start(config, model_config, corpus, process)
-        task = pretraining_task(corpus, config, model_config.block_size, model_config.causal)
-        counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
-        about = f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}"
-        run(config, model, optimizers, task, state, process, about)
+        if start.is_finished(config) and not config.eval_only:
+            return say_finished(start, config, process)
+        check_memory(model_config, process.device, 3 if config.optimizer == "muon" else 4, "training")
+        task = pretraining_task(corpus, tokenizer, config, model_config)
+        model = start.model(model_config, config.seed)
+        fine_tuned = start.source is not None and start.source.fine_tuned
+        run = Run(Path(config.out_dir), model.config, asdict(config), "pretrain", fine_tuned)
+        train_or_evaluate(run, start, model, task, config, process, [summary(corpus)])
     finally:
         stop_process(process)
 

@@ -21,11 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, IGNORE, GPTConfig  # noqa: E402
-from runs.checkpoint import load_base  # noqa: E402
+from runs.run import Run, model_to_fine_tune  # noqa: E402
 from tasks.packing import Rows, make_examples  # noqa: E402
 from text.chat import Template, read_conversations  # noqa: E402
-from text.tokenizer import load_tokenizer  # noqa: E402
-from training.lora import TARGETS, add_lora  # noqa: E402
+from training.lora import TARGETS, LoraConfig, add_lora  # noqa: E402
 
 ROWS = 16  # packed rows per step
 
@@ -74,7 +73,7 @@ def measure_memory(rank: int) -> None:
     """Three steps with all weights (rank 0) or with LoRA; prints the process's highest memory in MiB."""
     model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=12, n_head=12, n_embd=768))
     if rank:
-        add_lora(model, rank, 16.0, list(TARGETS))
+        add_lora(model, LoraConfig(rank, 16.0, TARGETS))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     idx = torch.randint(50304, (1, 256))
     for _ in range(3):
@@ -94,8 +93,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory is not None:
         return measure_memory(args.memory)
-    template = Template(load_tokenizer(args.init_from))
-    T = load_base(args.init_from, "best", template.tokenizer)[0].config.block_size
+    run = Run.open(args.init_from)
+    template = Template(run.tokenizer)
+    T = run.model_config.block_size
     train_set, val_set = (
         make_examples(list(read_conversations(Path(args.dataset) / f"{split}.jsonl")), template, T).examples
         for split in ("train", "val")
@@ -111,11 +111,11 @@ def main() -> None:
     base = None
     for name, rows in ways.items():
         batch_size = round(ROWS * len(rows.rows) / len(ways["packed"].rows))
-        model, _ = load_base(args.init_from, "best", template.tokenizer)
+        model = model_to_fine_tune(run, "best", template.tokenizer)
         seen, seconds = train(model.train(), rows, batch_size, steps=args.steps)
         speed = seen / seconds
         base = base or speed
-        model, _ = load_base(args.init_from, "best", template.tokenizer)
+        model = model_to_fine_tune(run, "best", template.tokenizer)
         train(model.train(), rows, batch_size, responses=100_000)
         print(f"| {name} | {speed:,.0f} | {base / speed:.2f}x | {val_loss(model.eval(), validation):.4f} |", flush=True)
     print("\n| | weights to train | highest memory, MiB |\n|---|---|---|")

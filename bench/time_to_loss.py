@@ -26,7 +26,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runs.checkpoint import load_model  # noqa: E402
+from runs.run import Run  # noqa: E402
 from text.corpus import Corpus  # noqa: E402
 
 NANOGPT_CPU = (
@@ -69,7 +69,7 @@ def run_ours(work: Path, config: str, name: str, *options: str) -> tuple[float, 
     events = map(json.loads, (out_dir / "log.jsonl").read_text().splitlines())
     speed = statistics.median(event["tokens_per_second"] for event in events if "train_loss" in event)
     train = json.loads((out_dir / "config.json").read_text())["train"]
-    model = load_model(out_dir)[0]
+    model = Run.open(out_dir).load_model()
     return seconds, model, train["batch_size"] * model.config.block_size / speed
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from decoding.stream import generate, prompt_tokens
-from model import GPT
+from model import GPT, GPTConfig
+from runs.run import Run, same_tokens
 from tasks.task import Task, dataset_folder
 from text.corpus import Corpus
 from text.tokenizer import Tokenizer
@@ -20,11 +21,39 @@ def open_corpus(dataset: str) -> Corpus:
     return corpus
 
 
-def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causal: bool) -> Task:
-    """Predict every next token of the corpus."""
-    if not causal:
+def summary(corpus: Corpus) -> str:
+    """One line about the corpus."""
+    counts = [f"{corpus.num_tokens(split):,} {split} tokens" for split in ("train", "val")]
+    return f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}"
+
+
+def choose_tokenizer(corpus: Corpus, known: Run | None, model_config: GPTConfig) -> Tokenizer:
+    """The tokenizer of the run to come, for which model_config.vocab_size is set if it was 0.
+
+    known: the run that is resumed or started from, whose tokenizer is kept; it may have special tokens that the
+    corpus's lacks. ValueError if its tokens are not the corpus's, or if vocab_size is too small.
+    """
+    tokenizer = corpus.tokenizer
+    if known:
+        if not same_tokens(tokenizer, known.tokenizer):
+            raise ValueError(
+                f"{known.folder} was trained with another tokenizer than that of {corpus.folder}: prepare the text "
+                f"with the run's own, by --tokenizer {known.folder}"
+            )
+        tokenizer = known.tokenizer
+    model_config.vocab_size = model_config.vocab_size or tokenizer.vocab_size
+    if model_config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={model_config.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} token ids"
+        )
+    return tokenizer
+
+
+def pretraining_task(corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, model_config: GPTConfig) -> Task:
+    """Predict every next token of the corpus. ValueError for a corpus that is too short for one row."""
+    if not model_config.causal:
         raise ValueError("causal=False: a model that sees its future has nothing to predict here; leave it True")
-    whole = config.batch_size * config.gradient_accumulation_steps
+    block_size, whole = model_config.block_size, config.batch_size * config.gradient_accumulation_steps
 
     def batch(step: int, rows: slice) -> dict[str, Tensor]:
         idx, targets = corpus.batch("train", step, seed=config.seed, batch_size=whole, block_size=block_size, rows=rows)
@@ -39,9 +68,14 @@ def pretraining_task(corpus: Corpus, config: TrainConfig, block_size: int, causa
             yield {"idx": idx, "targets": targets}
 
     return Task(
-        batch, validation, corpus.num_tokens("val") / corpus.num_bytes("val"), whole * block_size, corpus.tokenizer,
-        lambda model: preview(model, corpus.tokenizer, config.seed),
-    )  # fmt: skip
+        batch=batch,
+        validation=validation,
+        tokens_per_byte=corpus.num_tokens("val") / corpus.num_bytes("val"),
+        tokens_per_step=whole * block_size,
+        steps_per_pass=corpus.num_tokens("train") / (whole * block_size),
+        tokenizer=tokenizer,
+        preview=lambda model: preview(model, tokenizer, config.seed),
+    )
 
 
 def preview(model: GPT, tokenizer: Tokenizer, seed: int) -> str:

@@ -18,6 +18,7 @@ SHOWN = 3  # held-out questions that are answered aloud
 
 @dataclass
 class FinetuneConfig:
+    num_epochs: float = 0.0  # passes over the training conversations; 0 = max_iters steps
     packing: bool = True  # several conversations per row; False: one per row, padded to the longest of its batch
     train_on_prompt: bool = False  # count the users' words in the loss too
     eval_questions: int = 50  # held-out questions that are answered at every sample_interval; 3 of them are shown
@@ -27,7 +28,7 @@ class FinetuneConfig:
     lora_targets: str = ",".join(TARGETS)  # the layers that are corrected
 
     def __post_init__(self):
-        for name, low in {"eval_questions": 1, "eval_tokens": 1, "lora_rank": 0}.items():
+        for name, low in {"num_epochs": 0, "eval_questions": 1, "eval_tokens": 1, "lora_rank": 0}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if not 0 < self.lora_alpha <= 10_000:
@@ -36,39 +37,49 @@ class FinetuneConfig:
             raise ValueError(f"lora_targets must name layers to correct: one or more of {','.join(TARGETS)}")
 
     def targets(self) -> list[str]:
+        """The names in lora_targets."""
         return [name.strip() for name in self.lora_targets.split(",") if name.strip()]
 
 
-def conversation_task(
-    splits: dict[str, Examples], questions: list[list[Message]], template: Template, config: TrainConfig,
-    more: FinetuneConfig, block_size: int,
-) -> Task:  # fmt: skip
-    """Say what the assistants say."""
-    rows = {
-        "train": Rows(splits["train"].examples, block_size, more.packing, more.train_on_prompt),
-        "val": Rows(splits["val"].examples, block_size, more.packing),  # responses only, so that runs compare
-    }
+@dataclass
+class Conversations:
+    """A data set of conversations, as the model reads them."""
+
+    train: Examples
+    val: Examples
+    questions: list[list[Message]]  # the conversations of the validation split
+    template: Template
+
+
+def conversation_task(data: Conversations, config: TrainConfig, sft: FinetuneConfig, block_size: int) -> Task:
+    """Predict the assistants' tokens. Validation counts responses only, even with train_on_prompt: runs compare."""
+    train = Rows(data.train.examples, block_size, sft.packing, sft.train_on_prompt)
+    val = Rows(data.val.examples, block_size, sft.packing)
     whole = config.batch_size * config.gradient_accumulation_steps
 
     def batch(step: int, part: slice) -> dict[str, Tensor]:
-        return rows["train"].batch(step, config.seed, whole, part)
+        return train.batch(step, config.seed, whole, part)
 
     def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
-        return rows["val"].all_batches(config.batch_size, rank, world_size, config.eval_iters)
+        return val.all_batches(config.batch_size, rank, world_size, config.eval_iters)
 
-    per_row = sum(len(example.tokens) - 1 for example in splits["train"].examples) / len(rows["train"].rows)
-    val = splits["val"]
+    tokens_per_row = sum(len(example.tokens) - 1 for example in data.train.examples) / len(train.rows)
     return Task(
-        batch, validation, val.response_tokens / max(1, val.response_bytes), round(whole * per_row), template.tokenizer,
-        lambda model: preview(model, questions, template, more),
-    )  # fmt: skip
+        batch=batch,
+        validation=validation,
+        tokens_per_byte=data.val.response_tokens / max(1, data.val.response_bytes),
+        tokens_per_step=round(whole * tokens_per_row),
+        steps_per_pass=len(train.rows) / whole,
+        tokenizer=data.template.tokenizer,
+        preview=lambda model: preview(model, data.questions, data.template, sft),
+    )
 
 
-def preview(model: GPT, questions: list[list[Message]], template: Template, more: FinetuneConfig) -> str:
+def preview(model: GPT, questions: list[list[Message]], template: Template, sft: FinetuneConfig) -> str:
     """A few held-out questions with the model's answers, and how many of all its answers end by themselves."""
-    n = min(len(questions), more.eval_questions)
+    n = min(len(questions), sft.eval_questions)
     questions = [questions[i * len(questions) // n] for i in range(n)]  # from everywhere
-    answers = answer(model, questions, template, more.eval_tokens)
+    answers = answer(model, questions, template, sft.eval_tokens)
     lines = []
     for i in range(0, n, -(-n // SHOWN)):
         question = next(message["content"] for message in questions[i] if message["role"] == "user")
@@ -89,9 +100,12 @@ def answer(model: GPT, questions: list[list[Message]], template: Template, max_n
     )
 
 
-def load_splits(config: TrainConfig, template: Template, block_size: int) -> tuple[dict[str, Examples], list]:
-    """Each split's examples, and the validation conversations. ValueError: no such data set, or nothing to train on."""
-    folder = dataset_folder(config.dataset, "train.jsonl")
+def load_conversations(dataset: str, template: Template, block_size: int) -> Conversations:
+    """Read and render the data set of that name under data/, or at that path.
+
+    ValueError: there is no such data set, or nothing to train on.
+    """
+    folder = dataset_folder(dataset, "train.jsonl")
     if not (folder / "train.jsonl").is_file():
         script = folder / "prepare.py"
         how = f"run python {script}" if script.is_file() else "python data/chat/prepare.py --input FILE --output DIR"
@@ -103,4 +117,4 @@ def load_splits(config: TrainConfig, template: Template, block_size: int) -> tup
             raise ValueError(f"{folder / split}.jsonl holds no conversation")
         if not found.examples:
             raise ValueError(f"{folder / split}.jsonl: no answer fits into block_size={block_size}")
-    return splits, conversations["val"]
+    return Conversations(splits["train"], splits["val"], conversations["val"], template)

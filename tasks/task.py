@@ -19,6 +19,7 @@ class Task:
     validation: Callable[[int, int], Iterator[dict[str, Tensor]]]  # (rank, world_size) → that process's share
     tokens_per_byte: float  # of the validation text; turns a loss per token into bits per byte
     tokens_per_step: int  # on average
+    steps_per_pass: float  # steps that read the training data once
     tokenizer: Tokenizer
     preview: Callable[[GPT], str]  # what to show of the model as it is now, at every sample_interval
 

@@ -5,12 +5,16 @@ import pickle
 import resource
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model import GPT, GPTConfig
 from runs import checkpoint
+from runs.run import Run
+from runs.start import RunFolder, Start
 from text.tokenizer import CharTokenizer
 from training.config import TrainConfig
 from training.optim import make_optimizers
@@ -27,8 +31,9 @@ def run(tmp_path):
     model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
     for optimizer in optimizers:
         optimizer.step()
-    checkpoint.start_run(str(out_dir), CharTokenizer("abc", eot=True))
-    checkpoint.save_config(str(out_dir), vars(model.config), {})
+    record = Run(out_dir, model.config, {"seed": 1337}, "pretrain", False)
+    with RunFolder(record, Start(), CharTokenizer("abc", eot=True), TrainConfig(), active=True):
+        pass
     for step, val_loss in ((1, 1.0), (2, 2.0)):
         checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": step, "val_loss": val_loss})
     return out_dir, model, optimizers
@@ -40,7 +45,8 @@ def names(out_dir) -> list[str]:
 
 def test_what_was_saved_comes_back(run):
     out_dir, model, optimizers = run
-    loaded, tokenizer, path = checkpoint.load_model(out_dir, "latest")
+    opened = Run.open(out_dir)
+    loaded, tokenizer, path = opened.load_model("latest"), opened.tokenizer, opened.checkpoint("latest")
     assert path.name == "step_00000002" and tokenizer.encode("cab") == [2, 0, 1]
     for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -50,12 +56,13 @@ def test_what_was_saved_comes_back(run):
     assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
 
 
-def test_the_best_and_the_latest_are_kept(run):
+def test_the_best_and_the_last_two_are_kept(run):
     out_dir, model, optimizers = run
-    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": None})
-    assert names(out_dir) == ["step_00000001", "step_00000003"]
+    for step in (3, 4):
+        checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": step, "val_loss": None})
+    assert names(out_dir) == ["step_00000001", "step_00000003", "step_00000004"]
     assert checkpoint.find_checkpoint(out_dir, "best").name == "step_00000001"
-    assert checkpoint.find_checkpoint(out_dir, "latest").name == "step_00000003"
+    assert checkpoint.find_checkpoint(out_dir, "latest").name == "step_00000004"
     with pytest.raises(ValueError, match="step_7.*step_00000001"):
         checkpoint.find_checkpoint(out_dir, "step_7")
 
@@ -76,7 +83,7 @@ def test_a_missing_file_is_refused_by_name(run):
     out_dir, _, _ = run
     (out_dir / "checkpoints" / "step_00000002" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="step_00000002/model.safetensors is damaged"):
-        checkpoint.load_model(out_dir, "latest")
+        Run.open(out_dir).load_model("latest")
 
 
 def test_a_pickle_is_refused_even_with_the_right_checksum(run, tmp_path):
@@ -92,10 +99,10 @@ def test_a_pickle_is_refused_even_with_the_right_checksum(run, tmp_path):
     manifest["files"]["model.safetensors"] = checkpoint.sha256(folder / "model.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="not a safetensors file"):
-        checkpoint.load_model(out_dir, "best")
+        Run.open(out_dir).load_model("best")
     torch.save({"model": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="ckpt.pt is a file; give the folder of a run"):
-        checkpoint.load_model(tmp_path / "ckpt.pt")
+        Run.open(tmp_path / "ckpt.pt")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -105,7 +112,7 @@ def test_a_save_that_was_killed_leaves_no_checkpoint_and_is_cleaned_up(run):
     shutil.copytree(parent / "step_00000002", parent / ".step_00000003.tmp")
     assert names(out_dir) == ["step_00000001", "step_00000002"]
     checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 4, "val_loss": 3.0})
-    assert sorted(path.name for path in parent.iterdir()) == ["step_00000001", "step_00000004"]
+    assert sorted(path.name for path in parent.iterdir()) == ["step_00000001", "step_00000002", "step_00000004"]
 
 
 def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_one(run, monkeypatch):
@@ -115,12 +122,15 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_one(run, mo
         (path / "state.json").unlink()
         raise KeyboardInterrupt
 
+    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", killed)
-        checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
-    assert names(out_dir) == ["step_00000001", "step_00000003"]
-    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 4, "val_loss": 3.0})
-    assert sorted(path.name for path in (out_dir / "checkpoints").iterdir()) == ["step_00000001", "step_00000004"]
+        checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 4, "val_loss": 3.0})
+    assert names(out_dir) == ["step_00000001", "step_00000003", "step_00000004"]
+    checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 5, "val_loss": 3.0})
+    assert sorted(path.name for path in (out_dir / "checkpoints").iterdir()) == [
+        "step_00000001", "step_00000004", "step_00000005",
+    ]  # fmt: skip
 
 
 def test_a_disk_that_is_full_leaves_no_debris_and_is_told_plainly(run):
@@ -142,7 +152,7 @@ def test_a_swapped_tokenizer_is_refused(run):
     out_dir, _, _ = run
     CharTokenizer("abcdefgh", eot=True).save(out_dir)
     with pytest.raises(ValueError, match="tokenizer.json is not the one the model was trained with"):
-        checkpoint.load_model(out_dir)
+        Run.open(out_dir).load_model()
 
 
 def test_a_user_s_own_copy_of_a_checkpoint_is_left_alone(run):
@@ -150,7 +160,7 @@ def test_a_user_s_own_copy_of_a_checkpoint_is_left_alone(run):
     parent = out_dir / "checkpoints"
     shutil.copytree(parent / "step_00000002", parent / "step_00000002_keep")
     checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
-    assert (parent / "step_00000002_keep").exists() and names(out_dir) == ["step_00000001", "step_00000003"]
+    assert (parent / "step_00000002_keep").exists() and len(names(out_dir)) == 3
 
 
 def test_weights_of_another_shape_are_refused_by_name(run):
@@ -162,9 +172,84 @@ def test_weights_of_another_shape_are_refused_by_name(run):
 
 def test_a_new_run_moves_the_old_one_aside(run):
     out_dir, _, _ = run
-    aside = checkpoint.start_run(str(out_dir), CharTokenizer("abc", eot=True))
-    assert aside == out_dir.with_name("run.1") and names(aside) == ["step_00000001", "step_00000002"]
-    assert names(out_dir) == []
+    record = Run.open(out_dir)
+    with RunFolder(record, Start(), CharTokenizer("abc", eot=True), TrainConfig(), active=True) as folder:
+        assert folder.notes == [f"{out_dir} held a run already: it is now {out_dir}.1"]
+    assert names(out_dir.with_name("run.1")) == ["step_00000001", "step_00000002"] and names(out_dir) == []
+
+
+def test_somebody_else_s_config_is_not_moved_aside(run, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "llama"}')
+    record = replace(Run.open(run[0]), folder=tmp_path / "theirs")
+    with pytest.raises(ValueError, match="holds a config.json that is not a run's"):
+        RunFolder(record, Start(), CharTokenizer("abc", eot=True), TrainConfig(), active=True)
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]
+
+
+def test_every_file_of_a_checkpoint_has_the_same_permissions(run):
+    modes = {path.stat().st_mode for path in (run[0] / "checkpoints" / "step_00000001").iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["model/rope_theta", "model/norm_eps", "model/n_layer", "train/seed", "origin/checkpoint", "task"]
+)
+def test_any_change_of_config_json_is_told(run, path):
+    content = json.loads((run[0] / "config.json").read_text())
+    *parents, key = path.split("/")
+    inner = content
+    for parent in parents:
+        inner = inner[parent]
+    inner[key] = inner[key] + 1 if isinstance(inner[key], int | float) else inner[key] + "x"
+    (run[0] / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="config.json is damaged: its checksum differs"):
+        Run.open(run[0])
+
+
+@pytest.mark.parametrize("absurd", [{"n_layer": 10**9}, {"n_embd": 10**9, "head_dim": 8}, {"vocab_size": 10**12}])
+def test_absurd_sizes_are_refused_before_memory_is_taken(run, absurd):
+    content = json.loads((run[0] / "config.json").read_text())
+    del content["sha256"]  # as somebody would who edits it by hand
+    content["model"] |= absurd
+    (run[0] / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="describes a model of .* weights, and step_00000001 holds"):
+        Run.open(run[0]).load_model()
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_looked_for_once_more(run, monkeypatch):
+    out_dir, model, optimizers = run
+    verify = checkpoint.verify
+
+    def slow(path):
+        if path.name == "step_00000002":  # the run beside us saves twice meanwhile
+            for step in (3, 4):
+                checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": step, "val_loss": None})
+        verify(path)
+
+    monkeypatch.setattr("runs.run.verify", slow)
+    Run.open(out_dir).load_model("latest")
+    assert names(out_dir) == ["step_00000001", "step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "{}", '{"step": "1"}', '{"step": -1}', '{"step": 1, "scaler": []}', '{"step": 1, "seconds": "x"}',
+              '{"step": 1, "val_loss": "low"}', '{"step": 1, "best_val_loss": []}', '{"step": 1, "scaler": {"a": "b"}}']
+)  # fmt: skip
+def test_a_state_with_fields_of_wrong_types_is_told_in_one_line(run, state):
+    path = run[0] / "checkpoints" / "step_00000001" / "state.json"
+    path.write_text(state)
+    with pytest.raises(ValueError, match="state.json is damaged, or missing"):
+        checkpoint.read_state(path.parent)
+
+
+@pytest.mark.parametrize("name", ["nothing/exp_avg", "exp_avg", "norm.weight/exp_avg", "norm.weight/"])
+def test_an_optimizer_file_of_another_model_is_told_in_one_line(run, name):
+    out_dir, model, optimizers = run
+    folder = out_dir / "checkpoints" / "step_00000001"
+    save_file({name: torch.zeros(3)}, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="its optimizer state is not of this model"):
+        checkpoint.load_optimizers(model, optimizers, folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"n_layer": 1}}', '{"model": {"x": 1}, "train": {}}'])
@@ -172,13 +257,13 @@ def test_a_damaged_config_is_told_plainly(run, content):
     out_dir, _, _ = run
     (out_dir / "config.json").write_text(content)
     with pytest.raises(ValueError, match="config.json"):
-        checkpoint.load_model(out_dir)
+        Run.open(out_dir).load_model()
 
 
 def test_no_run_and_no_checkpoint_are_told_apart(run, tmp_path):
     out_dir, _, _ = run
     with pytest.raises(ValueError, match="no run in"):
-        checkpoint.load_model(tmp_path / "nowhere")
+        Run.open(tmp_path / "nowhere")
     shutil.rmtree(out_dir / "checkpoints")
     with pytest.raises(ValueError, match="no checkpoint in"):
-        checkpoint.load_model(out_dir)
+        Run.open(out_dir).load_model()

@@ -16,6 +16,7 @@ import train
 from common import cli
 from model import GPT, IGNORE, GPTConfig
 from runs import checkpoint
+from runs.run import Run, grow, model_to_fine_tune
 from tasks.packing import Rows, make_examples
 from tests.helpers import assert_close
 from tests.test_train import final_files, log, losses
@@ -112,7 +113,7 @@ def test_the_loss_is_one_mean_over_all_responses_and_not_a_mean_of_means(convers
     first = command("first", *LEARN)
     options = ["--batch_size=2", "--gradient_accumulation_steps=4", "--packing=False", "--max_iters=1"]
     run = command("a", f"--init_from={first}", *options)
-    model, tokenizer, _ = checkpoint.load_model(first)
+    model, tokenizer = Run.open(first).load_model(), Run.open(first).tokenizer
     found = make_examples(list(read_conversations(conversations / "train.jsonl")), Template(tokenizer), 48).examples
     rows = Rows(found, 48, packing=False)
     batches = [rows.batch(0, 1337, 8, slice(i, i + 2)) for i in range(0, 8, 2)]
@@ -127,19 +128,19 @@ def test_the_loss_is_one_mean_over_all_responses_and_not_a_mean_of_means(convers
 @pytest.mark.parametrize("more", [[], ["--dropout=0.2"], ["--lora_rank=4", "--dropout=0.1"]], ids=str)
 def test_killed_and_resumed_is_never_stopped(command, monkeypatch, more):
     whole = command("whole", *more)
-    update = train.Trainer.update
+    next_batches = train.Trainer.next_batches
 
     class Killed(BaseException):
         pass
 
-    def deadly(trainer):
-        if trainer.state["step"] == step:
+    def deadly(trainer, now):
+        if now == step:
             raise Killed
-        update(trainer)
+        return next_batches(trainer, now)
 
     for step in (2, 5):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train.Trainer, "update", deadly)
+            patch.setattr(train.Trainer, "next_batches", deadly)
             command(f"killed{step}", *more)
         run = command(f"killed{step}", "--init_from=resume")
         assert log(run) == log(whole) and final_files(run) == final_files(whole)
@@ -149,22 +150,27 @@ def test_lora_saves_its_corrections_only_and_loads_merged(command, base):
     run = command("a", "--lora_rank=4", "--lora_targets=qkv,down", "--lora_alpha=8")
     folder = checkpoint.find_checkpoint(run, "latest")
     saved = checkpoint.read_tensors(folder / "model.safetensors")
-    assert len(saved) == 8 and all("lora_" in name for name in saved)
-    merged, tokenizer, _ = checkpoint.load_model(run)
-    plain, _ = checkpoint.load_base(str(base), "best", tokenizer)
+    assert len(saved) == 9 and all("lora_" in name for name in saved)
+    merged, tokenizer = Run.open(run).load_model(), Run.open(run).tokenizer
+    plain = model_to_fine_tune(Run.open(base), "best", tokenizer)
     for name, weight in merged.named_parameters():
         before = plain.get_parameter(name)
         if name.endswith(("qkv.weight", "down.weight")):
             A, B = (saved[name.replace("weight", f"lora_{m}")] for m in "AB")
             assert_close(weight, before + 2.0 * B @ A, 1e-6)
+        elif name == "tok_emb.weight":
+            new = Run.open(run).lora.new_rows
+            assert_close(weight[list(new)], before[list(new)] + saved["tok_emb.lora_rows"], 1e-6)
+            old = [i for i in range(len(weight)) if i not in new]
+            assert torch.equal(weight[old], before[old]) and saved["tok_emb.lora_rows"].abs().min(1).values.max() > 0
         else:
             assert torch.equal(weight, before)
 
 
 def test_a_fine_tuned_model_can_be_fine_tuned_again_with_its_special_tokens_kept(command, base):
     first = command("first")
-    model, tokenizer, _ = checkpoint.load_model(first)
-    again, _ = checkpoint.load_base(str(first), "best", Template(tokenizer).tokenizer)
+    model = Run.open(first).load_model()
+    again = model_to_fine_tune(Run.open(first), "best", Template(Run.open(first).tokenizer).tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     second = command("second", f"--init_from={first}")
     assert log(second, "val_loss")[0]["val_loss"] == pytest.approx(log(first, "val_loss")[-1]["val_loss"], rel=1e-5)
@@ -178,7 +184,7 @@ def test_added_tokens_change_nothing_for_the_others(tie, padded):
     model = GPT(GPTConfig(block_size=8, vocab_size=padded, n_layer=1, n_head=2, n_embd=16, tie_embeddings=tie)).eval()
     idx = torch.arange(8)[None]
     before = model(idx)[0]
-    checkpoint.grow(model, 27, [23, 24, 25, 26])
+    grow(model, 27, (23, 24, 25, 26))
     after = model(idx)[0]
     assert model.config.vocab_size == after.size(2) == max(padded, 27)
     assert torch.equal(after[..., :23], before[..., :23])
@@ -224,12 +230,11 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
         (["--n_layer=3"], "n_layer is 2 in .* and cannot become 3"),
         (["--lora_rank=2", "--lora_targets=,"], "lora_targets must name layers"),
         (["--lora_rank=2", "--lora_alpha=0"], "lora_alpha must be above 0"),
-        (["--init_from"], "--init_from must be the folder"),
+        (["--init_from"], "init_from and out_dir are written"),
         (["--lora_rank=-1"], "lora_rank must be at least 0"),
         (["--lora_rank=2", "--lora_targets=head"], "no layer is called 'head'"),
         (["--lora_rank=2", "--optimizer=muon"], "Muon is for whole matrices"),
         (["--lora_rnk=2"], "did you mean lora_rank?"),
-        (["--block_size=8"], "block_size is 48"),
     ],
 )
 def test_bad_settings_are_refused_before_a_run_is_made(command, tmp_path, options, sentence):
@@ -257,23 +262,22 @@ def test_each_command_sends_the_other_kinds_runs_to_the_other(command, base, mon
 
 def test_lora_with_a_base_that_is_gone_or_changed_is_told(command, base, tmp_path):
     run = command("a", "--lora_rank=2", "--max_iters=1")
-    before, _, _ = checkpoint.load_model(run)
     (run / "base").rename(run / "gone")
-    with pytest.raises(ValueError, match="no tokenizer at .*base"):
-        checkpoint.load_model(run)
+    with pytest.raises(ValueError, match="no run in .*base"):
+        Run.open(run).load_model()
     (run / "gone").rename(run / "base")
     CharTokenizer("xyz", eot=True).save(tmp_path)
     os.replace(tmp_path / "tokenizer.json", run / "base" / "tokenizer.json")
     with pytest.raises(ValueError, match="base was trained with another tokenizer"):
-        checkpoint.load_model(run)
+        Run.open(run).load_model()
 
 
 def test_a_run_with_lora_keeps_its_base_however_long_the_chain(command, base, tmp_path):
     command("first", "--lora_rank=2", "--max_iters=2")
     second = command("second", f"--init_from={tmp_path / 'first'}", "--lora_rank=3", "--max_iters=2")
-    before, _, _ = checkpoint.load_model(second)
+    before = Run.open(second).load_model()
     shutil.rmtree(tmp_path / "first")
-    after, _, _ = checkpoint.load_model(second)
+    after = Run.open(second).load_model()
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     command("second", "--init_from=resume", "--max_iters=4")
 
@@ -289,5 +293,3 @@ def test_a_resumed_run_keeps_its_corrections(command, tmp_path):
     for option, sentence in {"--lora_alpha=3": "lora_alpha is 16.0 in", "--lora_rank=0": "lora_rank is 2 in"}.items():
         with pytest.raises(ValueError, match=f"{sentence} .* and cannot become"):
             command("a", "--init_from=resume", "--max_iters=2", option)
-    with pytest.raises(ValueError, match="holds LoRA's corrections only"):
-        train.configure([f"--init_from={tmp_path / 'a'}"])

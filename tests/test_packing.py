@@ -6,10 +6,10 @@ import torch
 
 from model import IGNORE
 from tasks.packing import Example, Rows, make_examples, pack
-from tests.helpers import POSITIONS, assert_close
+from tests.helpers import POSITIONS, assert_close, label
 from text.chat import Template
 from text.tokenizer import CharTokenizer
-from training.lora import LoRALinear, add_lora, merge_lora
+from training.lora import LoraConfig, LoRALinear, add_lora, merge_lora
 
 T = 16
 
@@ -167,10 +167,10 @@ def test_what_does_not_fit_is_cut_off_and_counted_and_what_has_no_answer_left_is
 def corrected(tiny_gpt):
     """A function that gives a model with LoRA; its corrections are not 0 if random."""
 
-    def build(random=True, targets=("qkv", "out", "up", "down"), **options):
+    def build(random=True, targets=("qkv", "out", "up", "down"), new_rows=(), **options):
         model = tiny_gpt(n_kv_head=2, **options)
         torch.manual_seed(1)
-        add_lora(model, 3, 6.0, list(targets))
+        add_lora(model, LoraConfig(3, 6.0, targets, new_rows))
         for name, weight in model.named_parameters():
             if random and "lora" in name:
                 weight.data.normal_(std=0.3)
@@ -185,9 +185,12 @@ def test_lora_begins_as_the_base_model(tiny_gpt, corrected):
     assert not torch.equal(corrected()(idx)[0], tiny_gpt(n_kv_head=2)(idx)[0])
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_merged_correction_is_the_correction(corrected, bias):
-    model, idx = corrected(bias=bias), torch.arange(12)[None]
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"new_rows": (3, 7)}, {"new_rows": (0, 22), "tie_embeddings": False},
+                {"new_rows": (5,), "norm_head": True}], ids=label
+)  # fmt: skip
+def test_a_merged_correction_is_the_correction(corrected, options):
+    model, idx = corrected(**options), torch.arange(12)[None]
     expected = model(idx)[0]
     merge_lora(model)
     assert_close(model(idx)[0], expected)
@@ -217,11 +220,24 @@ def test_only_the_corrections_have_gradients_and_optimizer_state(corrected, targ
     assert with_state == {p for p in model.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_new_rows_have_the_gradient_that_they_would_have_in_the_whole_matrix(tiny_gpt, tie):
+    ids, idx = (2, 9), torch.arange(12)[None]
+    whole, model = tiny_gpt(tie_embeddings=tie), tiny_gpt(tie_embeddings=tie)
+    add_lora(model, LoraConfig(2, 4.0, (), ids))
+    for network in (whole, model):
+        network(idx, (idx + 1) % 12)[1].backward()
+    for layer in ("tok_emb", "head"):
+        expected = whole.get_submodule(layer).weight.grad[list(ids)]
+        assert_close(model.get_submodule(layer).lora_rows.grad, expected)
+    assert model.tok_emb.weight.grad is None and (model.head.lora_rows is model.tok_emb.lora_rows) == tie
+
+
 def test_the_correction_is_scaled_by_alpha_over_rank(tiny_gpt):
     model = tiny_gpt()
     layer = model.blocks[0].mlp.down
     weight = layer.weight.clone()
-    add_lora(model, 2, 10.0, ["down"])
+    add_lora(model, LoraConfig(2, 10.0, ("down",)))
     layer = model.blocks[0].mlp.down
     layer.lora_B.data.normal_()
     assert_close(layer.merge().weight, weight + 5.0 * layer.lora_B @ layer.lora_A)
@@ -229,4 +245,4 @@ def test_the_correction_is_scaled_by_alpha_over_rank(tiny_gpt):
 
 def test_a_layer_that_is_none_is_refused(tiny_gpt):
     with pytest.raises(ValueError, match="no layer is called 'query'; choose among qkv,out,up,down"):
-        add_lora(tiny_gpt(), 2, 1.0, ["qkv", "query"])
+        add_lora(tiny_gpt(), LoraConfig(2, 1.0, ("qkv", "query")))

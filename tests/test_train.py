@@ -15,6 +15,8 @@ import train
 from common.config import build, read_arguments, read_config_file
 from model import GPTConfig
 from runs import checkpoint
+from runs.run import Run
+from runs.start import lock_folder
 from tasks.sft import FinetuneConfig
 from training.config import TrainConfig
 
@@ -67,8 +69,8 @@ def test_training_learns_and_leaves_a_complete_run(command):
     keys = {"step", "train_loss", "lr", "tokens", "seconds", "tokens_per_second", "mfu", "grad_norm"}
     assert [e["step"] for e in training] == [10, 20, 30, 40, 50, 60] and training[0].keys() == keys
     assert training[-1]["tokens"] == 60 * 8 * 16
-    model, tokenizer, _ = checkpoint.load_model(run)
-    assert tokenizer.vocab_size == model.config.vocab_size
+    opened = Run.open(run)
+    assert opened.tokenizer.vocab_size == opened.load_model().config.vocab_size
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(command):
@@ -93,15 +95,15 @@ class Killed(BaseException):
 def test_killed_at_any_step_and_resumed_is_never_stopped(command, monkeypatch, step):
     options = ["--dropout=0.1"]  # so that its random numbers must be the same too
     whole = command("whole", *options)
-    update = train.Trainer.update
+    next_batches = train.Trainer.next_batches
 
-    def deadly(trainer):
-        if trainer.state["step"] == step:
+    def deadly(trainer, now):
+        if now == step:
             raise Killed
-        update(trainer)
+        return next_batches(trainer, now)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Trainer, "update", deadly)
+        patch.setattr(train.Trainer, "next_batches", deadly)
         command("killed", *options)
     run = command("killed", "--init_from=resume")
     assert log(run) == log(whole) and final_files(run) == final_files(whole)
@@ -110,15 +112,15 @@ def test_killed_at_any_step_and_resumed_is_never_stopped(command, monkeypatch, s
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(command, monkeypatch, capsys, number):
     whole, handler = command("whole"), signal.getsignal(signal.SIGINT)
-    update = train.Trainer.update
+    next_batches = train.Trainer.next_batches
 
-    def interrupted(trainer):
-        if trainer.state["step"] == 5:
+    def interrupted(trainer, step):
+        if step == 5:
             os.kill(os.getpid(), number)
-        update(trainer)
+        return next_batches(trainer, step)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(train.Trainer, "update", interrupted)
+        patch.setattr(train.Trainer, "next_batches", interrupted)
         command("stopped")
     assert stopped.value.code == 128 + number
     assert "stopped at step 6; continue with --init_from=resume --out_dir=" in capsys.readouterr().out
@@ -188,15 +190,15 @@ def test_bits_per_byte_counts_the_bytes_of_the_text(command, corpus_folder):
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(command, monkeypatch, tmp_path):
-    update = train.Trainer.update
+    update = train.Trainer.update_weights
 
-    def broken(trainer):
-        update(trainer)
-        if trainer.state["step"] == 6:
+    def broken(trainer, step, grad_norm):
+        update(trainer, step, grad_norm)
+        if step == 5:
             with torch.no_grad():
                 trainer.model.norm.weight[0] = float("nan")
 
-    monkeypatch.setattr(train.Trainer, "update", broken)
+    monkeypatch.setattr(train.Trainer, "update_weights", broken)
     with pytest.raises(ValueError, match="step 7: loss nan.*last good checkpoint is .*step_00000004.*learning_rate"):
         command("a", "--log_interval=100")
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "a")] == ["step_00000004"]
@@ -230,7 +232,7 @@ def test_only_the_best_is_saved_if_asked(command):
     losses = {e["step"]: e["val_loss"] for e in log(run, "val_loss")}
     best = min(losses, key=losses.__getitem__)
     assert 0 < best < 12, "this run should first get better, then worse"
-    assert [path.name for path in checkpoint.list_checkpoints(run)] == [f"step_{best:08d}"]
+    assert checkpoint.list_checkpoints(run)[-1].name == f"step_{best:08d}"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -241,15 +243,15 @@ def test_half_precision_follows_float32(command, dtype):
 
 def test_float16_resumes_with_its_loss_scale(command, monkeypatch):
     whole = command("whole", "--dtype=float16")
-    update = train.Trainer.update
+    next_batches = train.Trainer.next_batches
 
-    def deadly(trainer):
-        if trainer.state["step"] == 6:
+    def deadly(trainer, now):
+        if now == 6:
             raise Killed
-        update(trainer)
+        return next_batches(trainer, now)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Trainer, "update", deadly)
+        patch.setattr(train.Trainer, "next_batches", deadly)
         command("killed", "--dtype=float16")
     run = command("killed", "--init_from=resume")
     assert log(run) == log(whole) and final_files(run) == final_files(whole)
@@ -258,22 +260,17 @@ def test_float16_resumes_with_its_loss_scale(command, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_float16_overflow_in_one_weight_skips_the_step_for_all(command, monkeypatch, value):
-    before = {}
-
     class Overflow(train.Trainer):
-        def update(self):
-            before.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
-            weight, unscale = self.model.blocks[0].mlp.down.weight, self.scaler.unscale_
+        def clip_gradients(self):
+            weight = self.model.blocks[0].mlp.down.weight
+            if self.state["step"] == 3:
+                weight.grad[0, 0] = value
+            return super().clip_gradients()
 
-            def poisoned(optimizer):
-                if self.state["step"] == 3 and optimizer is self.optimizers[0]:
-                    weight.grad[0, 0] = value
-                unscale(optimizer)
-
-            self.scaler.unscale_ = poisoned
-            super().update()
-            self.scaler.unscale_ = unscale
-            if self.state["step"] == 4:
+        def update_weights(self, step, grad_norm):
+            before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            super().update_weights(step, grad_norm)
+            if step == 3:
                 assert all(torch.equal(p, before[name]) for name, p in self.model.named_parameters())
                 assert self.scaler.get_scale() == 32768
 
@@ -283,18 +280,18 @@ def test_a_float16_overflow_in_one_weight_skips_the_step_for_all(command, monkey
 
 def test_a_padded_vocabulary_is_never_sampled_beyond_the_tokenizer(command, capsys):
     run = command("a", "--vocab_size=128", "--sample_interval=4", "--max_iters=4")
-    assert checkpoint.load_model(run)[0].config.vocab_size == 128
+    assert Run.open(run).load_model().config.vocab_size == 128
 
 
 def test_a_step_that_breaks_the_model_is_not_saved(command, monkeypatch, tmp_path):
-    update = train.Trainer.update
+    update = train.Trainer.update_weights
 
-    def breaking(trainer):
-        update(trainer)
-        if trainer.state["step"] == 8:  # the loss of step 8 is fine still; the evaluation that follows is not
+    def breaking(trainer, step, grad_norm):
+        update(trainer, step, grad_norm)
+        if step == 7:  # the loss of step 8 is fine still; the evaluation that follows is not
             trainer.model.norm.weight.data[0] = float("nan")
 
-    monkeypatch.setattr(train.Trainer, "update", breaking)
+    monkeypatch.setattr(train.Trainer, "update_weights", breaking)
     with pytest.raises(ValueError, match="step 8: val_loss nan; the last good checkpoint is .*step_00000004"):
         command("a")
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "a")] == ["step_00000004"]
@@ -304,12 +301,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_from_the_same_wei
     source = command("source")
     whole = command("whole", f"--init_from={source}", "--seed=5")
 
-    def deadly(trainer):
+    def deadly(trainer, step):
         raise Killed
 
     for number in range(2):  # killed twice
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train.Trainer, "update", deadly)
+            patch.setattr(train.Trainer, "next_batches", deadly)
             command("tuned", *(["--init_from=resume"] if number else [f"--init_from={source}", "--seed=5"]))
     assert log(command("tuned", "--init_from=resume")) == log(whole)
 
@@ -317,7 +314,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_from_the_same_wei
 def test_two_runs_in_one_folder_are_refused_and_the_first_is_unharmed(command, tmp_path):
     run = command("a")
     before = log(run)
-    with checkpoint.lock_run(run):
+    with lock_folder(run):
         for options in ([], ["--init_from=resume", "--max_iters=20"]):
             with pytest.raises(ValueError, match="another process is training"):
                 command("a", *options)
@@ -359,7 +356,7 @@ def test_another_run_s_shape_needs_no_config_file(command, corpus_folder, tmp_pa
     arguments = [f"--init_from={source}", f"--dataset={corpus_folder}", f"--out_dir={tmp_path / 'b'}", "--max_iters=1"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     train.main()
-    assert checkpoint.load_config(tmp_path / "b")["model"] == checkpoint.load_config(source)["model"]
+    assert Run.open(tmp_path / "b").model_config == Run.open(source).model_config
 
 
 def test_a_sample_is_printed_when_asked(command, capsys):
@@ -380,11 +377,11 @@ def test_wandb_gets_the_same_numbers_offline(command, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_in_the_repository_builds(path):
     given = read_config_file(str(path))
-    if path.stem.startswith("sft_"):  # of its model, the run that it starts from knows the rest
+    if path.stem.startswith("sft"):  # of its model, the run that it starts from knows the rest
         configs = build(read_arguments([str(path)]), TrainConfig, FinetuneConfig, GPTConfig)
         assert given["init_from"].startswith("out/")
     else:
-        configs = train.configure([str(path)])
+        _, *configs = train.configure([str(path)])
     assert configs[0].out_dir.startswith("out/") and set(given) <= {key for config in configs for key in vars(config)}
 
 

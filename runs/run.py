@@ -1,0 +1,217 @@
+"""A run: what a folder of train.py or finetune.py holds, read once into one record.
+
+out_dir/config.json  tokenizer.json  log.jsonl  checkpoints/  base/      (base/: the run that a LoRA run corrects)
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from common.config import build
+from common.files import checksum, read_json, write_json
+from model import GPT, GPTConfig
+from runs.checkpoint import find_checkpoint, list_checkpoints, load_weights, number_of_weights, verify
+from text.chat import TOKENS
+from text.tokenizer import FILE_NAME as TOKENIZER_FILE
+from text.tokenizer import Tokenizer, load_tokenizer
+from training.lora import LoraConfig, add_lora, merge_lora
+from training.memory import count_weights
+
+CONFIG = "config.json"
+FORMAT = {"format": "plaingpt-run", "version": 1}
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's first weights came from."""
+
+    source: str = SCRATCH  # another run's folder, or "scratch": they were random
+    checkpoint: str = "best"  # that run's checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its config.json describes it."""
+
+    folder: Path
+    model_config: GPTConfig
+    settings: dict  # the training settings by name, as config files give them
+    task: Literal["pretrain", "sft"]  # which command it is resumed with
+    fine_tuned: bool  # whether it knows the chat template
+    lora: LoraConfig | None = None
+    base_checkpoint: str = ""  # of a run with LoRA: the checkpoint in base/ that it corrects
+    origin: Origin = Origin()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Read the run in the folder. ValueError: no run is there, or its config.json is damaged."""
+        folder, path = Path(folder), Path(folder) / CONFIG
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; give the folder of a run, such as one that train.py wrote")
+        if not path.is_file():
+            raise ValueError(f"no run in {folder} (no {CONFIG} there): train one first, or correct the path")
+        content = read_json(path, f"the {CONFIG} of a run")
+        try:
+            return cls._from_content(folder, dict(content))
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is damaged: it is not the {CONFIG} of a run") from None
+
+    @classmethod
+    def _from_content(cls, folder: Path, content: dict) -> "Run":
+        """The run of config.json's content; files of before format version 1 have neither checksum, task nor origin."""
+        path, stated = folder / CONFIG, content.pop("sha256", None)
+        if stated is not None and stated != checksum(content):
+            raise ValueError(
+                f"{path} is damaged: its checksum differs (after a change by hand, delete its line with sha256)"
+            )
+        if content.get("version", FORMAT["version"]) != FORMAT["version"]:
+            raise ValueError(f"{path} has format version {content['version']}, this code reads {FORMAT['version']}")
+        try:
+            model = {key: (value, str(path)) for key, value in dict(content["model"]).items()}
+            (model_config,) = build(model, GPTConfig)
+        except ValueError as error:
+            raise ValueError(f"{path} does not describe a model: {str(error).splitlines()[0]}") from None
+        settings, chat = dict(content["train"]), content.get("chat")
+        lora = None if chat is None else dict(chat)["lora"]
+        origin = content.get("origin", {"source": settings.get("init_from", SCRATCH)})
+        task = content.get("task", "pretrain" if chat is None else "sft")
+        if task not in ("pretrain", "sft"):
+            raise ValueError(f"{path}: task {task!r} is not known here: pretrain, sft")
+        base = "" if lora is None else str(lora["checkpoint"])
+        return cls(folder, model_config, settings, task, chat is not None, _lora_of(lora, path), base, Origin(**origin))
+
+    def save(self) -> None:
+        """Write config.json, with a checksum."""
+        lora = None
+        if self.lora:
+            lora = asdict(self.lora) | {"checkpoint": self.base_checkpoint}
+        content = FORMAT | {
+            "task": self.task, "origin": asdict(self.origin), "model": asdict(self.model_config),
+            "train": self.settings, "chat": {"lora": lora} if self.fine_tuned else None,
+        }  # fmt: skip
+        content = json.loads(json.dumps(content))  # as it will be read: tuples are lists
+        write_json(self.folder / CONFIG, content | {"sha256": checksum(content)})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return load_tokenizer(self.folder)
+
+    @property
+    def base(self) -> "Run":
+        """Of a run with LoRA: the run that it corrects."""
+        return Run.open(self.folder / "base")
+
+    def checkpoints(self) -> list[Path]:
+        """Its checkpoints, oldest first."""
+        return list_checkpoints(self.folder)
+
+    def checkpoint(self, which: str) -> Path:
+        """Its "best" or "latest" checkpoint, or the one so named. ValueError if there is none."""
+        return find_checkpoint(self.folder, which)
+
+    def load_model(self, which: str = "best") -> GPT:
+        """The model in evaluation mode, on the CPU, from a verified checkpoint; LoRA's corrections are merged in.
+
+        A run in training deletes checkpoints: one that goes while it is being read is looked for once more.
+        """
+        checkpoint = self.checkpoint(which)
+        try:
+            model = self._load(checkpoint)
+        except (ValueError, OSError):
+            if checkpoint.exists():
+                raise
+            model = self._load(self.checkpoint(which))
+        if self.tokenizer.vocab_size > model.config.vocab_size:
+            sizes = f"it has {self.tokenizer.vocab_size} token ids, the model {model.config.vocab_size}"
+            path = self.folder / TOKENIZER_FILE
+            raise ValueError(f"{path} is not the one the model was trained with: {sizes}")
+        return model.eval()
+
+    def _load(self, checkpoint: Path) -> GPT:
+        verify(checkpoint)
+        model = self.corrected_base() if self.lora else self.empty_model(checkpoint)
+        load_weights(model, checkpoint)
+        if self.lora:
+            merge_lora(model)
+        return model
+
+    def empty_model(self, checkpoint: Path) -> GPT:
+        """A model of the run's shape. ValueError, before any memory is taken, if the checkpoint has another size."""
+        described, held = count_weights(self.model_config), number_of_weights(checkpoint)
+        if described != held:
+            raise ValueError(
+                f"{self.folder / CONFIG} describes a model of {described:,} weights, and {checkpoint.name} holds "
+                f"{held:,}: one of them is damaged or was replaced"
+            )
+        return GPT(replace(self.model_config))  # a copy: a model may grow, the record of it must not
+
+    def corrected_base(self) -> GPT:
+        """Of a run with LoRA: the base model with corrections that do nothing yet."""
+        model = model_to_fine_tune(self.base, self.base_checkpoint, self.tokenizer)
+        add_lora(model, self.lora)
+        return model
+
+
+def _lora_of(content: dict | None, path: Path) -> LoraConfig | None:
+    """The LoraConfig that config.json describes, None if there is none."""
+    match content:
+        case None:
+            return None
+        case {"rank": int(rank), "alpha": float() | int() as alpha, "targets": [*targets]} if rank > 0:
+            return LoraConfig(rank, alpha, tuple(targets), tuple(map(int, content.get("new_rows", ()))))
+    raise ValueError(f"{path} is damaged: it does not describe LoRA's corrections")
+
+
+def same_tokens(base: Tokenizer, extended: Tokenizer) -> bool:
+    """Whether every id of `base` means the same in `extended`, which may have special tokens added."""
+    content = extended.content()
+    return base.content() in (content, content.get("base"))
+
+
+def unseen_tokens(run: Run, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The chat template's token ids that the run's model was never trained on: all of them, or none."""
+    return () if run.fine_tuned else tuple(tokenizer.special_tokens[name] for name in TOKENS)
+
+
+def model_to_fine_tune(run: Run, which: str, tokenizer: Tokenizer) -> GPT:
+    """The run's model, with a new embedding for each token of the chat template that it never saw.
+
+    ValueError unless `tokenizer` is the run's, perhaps with special tokens added.
+    """
+    if not same_tokens(run.tokenizer, tokenizer):
+        raise ValueError(f"{run.folder} was trained with another tokenizer")
+    model = run.load_model(which)
+    if unseen := unseen_tokens(run, tokenizer):
+        grow(model, tokenizer.vocab_size, unseen)
+    return model
+
+
+@torch.no_grad()
+def grow(model: GPT, vocab_size: int, unseen: tuple[int, ...]) -> None:
+    """Give the model at least vocab_size token ids, and the unseen ones a new embedding: the mean of all, plus noise.
+
+    The mean makes a new token about as likely as any other [Hewitt 2021]; the noise, the same in every run, lets tokens
+    that start alike learn to differ.
+    """
+    old = model.config.vocab_size
+    model.config.vocab_size = max(old, vocab_size)
+    noise = torch.Generator().manual_seed(0)
+    known = [token for token in range(old) if token not in unseen]
+    for layer in (model.tok_emb, model.head):
+        weight = layer.weight
+        if len(weight) < vocab_size:
+            weight = torch.cat((weight, weight.new_zeros(vocab_size - old, weight.size(1))))
+        mean, std = weight[known].mean(0), weight[known].std(0)
+        for token in unseen:
+            weight[token] = mean + 0.1 * std * torch.randn(std.shape, generator=noise)
+        layer.weight = nn.Parameter(weight)
+    if model.config.tie_embeddings:
+        model.head.weight = model.tok_emb.weight
+    model.tok_emb.num_embeddings = model.head.out_features = model.config.vocab_size

@@ -1,0 +1,316 @@
+"""Where a run begins (anew, with another run's weights, or where it stopped), and the folder that it trains in.
+
+Which of the three it is, is decided once, by `decide`; everything after that is handed the decision, a `Start`.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from common.config import build
+from model import GPT, GPTConfig
+from runs.checkpoint import FILES, load_optimizers, load_weights, read_state, save_checkpoint, verify
+from runs.run import CONFIG, SCRATCH, Origin, Run, model_to_fine_tune
+from text.tokenizer import FILE_NAME as TOKENIZER_FILE
+from text.tokenizer import Tokenizer
+from training.config import TrainConfig
+from training.log import Log, rewind_log
+from training.lora import add_lora
+from training.optim import learning_rate_at, make_optimizers
+
+RESUME = "resume"
+COMMANDS = {"pretrain": "train.py", "sft": "finetune.py"}
+
+# What a run that goes on from another's weights may change of its model; any other field would make it another model.
+MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
+# What a resumed run may not change of its training, since its optimizer's state or its weights would not fit.
+FIXED = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decision
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
+
+    resumes: the run that goes on, None for a new one. source, checkpoint: the run and its checkpoint that the weights
+    come from, None for random ones. state: of a run that goes on, what its checkpoint remembers besides weights; None
+    where training begins at step 0. notes: what the user should be told.
+    """
+
+    resumes: Run | None = None
+    source: Run | None = None
+    checkpoint: Path | None = None
+    state: dict | None = None
+    notes: tuple[str, ...] = ()
+
+    def configs(self, given: dict, *classes: type) -> list:
+        """One instance of each config class: what was given, on top of the run that is resumed or started from.
+
+        given: as `read_arguments` returns it. ValueError if that would make it another model.
+        """
+        known = self.resumes or self.source
+        if known is None:
+            return build(given, *classes)
+        base = asdict(known.model_config) | (known.settings if self.resumes else {})
+        configs = build({key: (value, f"{known.folder}/{CONFIG}") for key, value in base.items()} | given, *classes)
+        for config in configs:
+            for key, now in asdict(config).items():
+                if isinstance(config, GPTConfig) or (self.resumes and key in FIXED):
+                    self._check_change(key, base.get(key, now), now, known)
+        return configs
+
+    def _check_change(self, key: str, before: object, now: object, known: Run) -> None:
+        """ValueError if a setting of the model may not become another one."""
+        if now == before or key in MAY_CHANGE or (key, now) == ("vocab_size", 0):
+            return
+        if key == "block_size" and not self.resumes:
+            if known.model_config.position != "learned" or now < before:
+                return  # positions without weights reach any length; learned ones can be cut off
+            raise ValueError(
+                f"block_size is {before} in {known.folder}, whose positions are learned: it can only become smaller"
+            )
+        raise ValueError(f"{key} is {before} in {known.folder} and cannot become {now}: train a new model for that")
+
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Whether the run that is resumed has done all its steps."""
+        return self.state is not None and self.state["step"] >= config.max_iters
+
+    def schedule_note(self, config: TrainConfig) -> list[str]:
+        """A warning where more steps than the run was planned for make its learning rate jump up again."""
+        if not self.state or config.max_iters <= self.resumes.settings.get("max_iters", config.max_iters):
+            return []
+        step = self.state["step"]
+        planned = replace(config, max_iters=self.resumes.settings["max_iters"])
+        before, now = learning_rate_at(step - 1, planned), learning_rate_at(step, config)
+        if now <= 1.1 * before or step < config.warmup_iters:
+            return []
+        return [
+            f"note: the run was planned for {planned.max_iters} steps: its learning rate now jumps from {before:.1e} "
+            f"back to {now:.1e}. To go on without a jump, begin a new run with these weights and a smaller learning "
+            f"rate: --init_from={config.out_dir} --out_dir=out/more --learning_rate={max(before, now / 10):.1e}"
+        ]
+
+    def model(self, model_config: GPTConfig, seed: int) -> GPT:
+        """The model to pretrain, on the CPU: new, another run's, or as it was when the run stopped."""
+        torch.manual_seed(seed)
+        if self.state:
+            model = GPT(replace(model_config))
+            load_weights(model, self.checkpoint)
+            return model
+        if self.source is None:
+            return GPT(replace(model_config))
+        return adapt(self.source.load_model(self.checkpoint.name), model_config)
+
+    def model_to_fine_tune(self, run: Run, tokenizer: Tokenizer, seed: int) -> GPT:
+        """The model to fine-tune, on the CPU, with the corrections of run.lora if it has some."""
+        torch.manual_seed(seed)
+        if self.state and not run.lora:
+            return self.model(run.model_config, seed)
+        source, which = (self.resumes.base, run.base_checkpoint) if self.state else (self.source, self.checkpoint.name)
+        model = adapt(model_to_fine_tune(source, which, tokenizer), run.model_config)
+        if run.lora:
+            add_lora(model, run.lora)
+        if self.state:
+            load_weights(model, self.checkpoint)
+        return model
+
+    def optimizers(self, model: GPT, config: TrainConfig) -> list:
+        """The optimizers of a model that is on its device already, as they were if the run is resumed."""
+        optimizers = make_optimizers(model, config)
+        if self.state:
+            load_optimizers(model, optimizers, self.checkpoint)
+        return optimizers
+
+
+def adapt(model: GPT, model_config: GPTConfig) -> GPT:
+    """The same weights in a model with other settings (see MAY_CHANGE) or another block_size, ready to train."""
+    model_config = replace(model_config, vocab_size=model.config.vocab_size)
+    adapted, weights = GPT(model_config), model.state_dict()
+    if "pos_emb.weight" in weights:
+        weights["pos_emb.weight"] = weights["pos_emb.weight"][: model_config.block_size]
+    adapted.load_state_dict(weights)
+    return adapted
+
+
+def decide(given: dict, defaults: dict, task: str) -> Start:
+    """New, from another run, or resumed: by init_from and out_dir, from what was given or else from the defaults.
+
+    given: as `read_arguments` returns it; task: the command's. ValueError: no such run, or one of another command.
+    """
+    init_from, out_dir = (given[key][0] if key in given else defaults[key] for key in ("init_from", "out_dir"))
+    if not isinstance(init_from, str) or not isinstance(out_dir, str):
+        raise ValueError("init_from and out_dir are written --key=value: scratch, resume or the folder of a run")
+    if init_from == SCRATCH:
+        return Start()
+    if init_from != RESUME:
+        return Start(source=(source := Run.open(init_from)), checkpoint=source.checkpoint("best"))
+    run = Run.open(out_dir)
+    if run.task != task:
+        kind = "a fine-tuned run" if run.task == "sft" else "no fine-tuned run"
+        raise ValueError(f"{out_dir} is {kind}: go on with {COMMANDS[run.task]}")
+    checkpoint, notes = newest_intact(run)
+    if checkpoint:
+        return Start(run, run, checkpoint, read_state(checkpoint), tuple(notes))
+    notes = [*notes, f"{out_dir} holds no checkpoint: it begins again at step 0"]
+    if run.origin.source == SCRATCH:
+        return Start(run, notes=tuple(notes))
+    source, which = Run.open(run.origin.source), run.origin.checkpoint
+    return Start(run, source, source.checkpoint(which), notes=tuple(notes))
+
+
+def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is not damaged, None if there is none at all, and what is wrong with newer ones."""
+    notes, checkpoints = [], run.checkpoints()
+    for checkpoint in reversed(checkpoints):
+        try:
+            verify(checkpoint)
+            read_state(checkpoint)
+            return checkpoint, notes
+        except ValueError as error:
+            notes.append(f"{error}: going on from the one before it")
+    if checkpoints:
+        raise ValueError(
+            f"every checkpoint in {run.folder} is damaged ({notes[0].split(':')[0]}): begin a new run, with another "
+            f"--init_from; it moves this one aside"
+        )
+    return None, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Hold the folder until the lock is released or the process ends. ValueError if another process trains there."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another process is training in {folder}: choose another --out_dir, or stop it") from None
+    return lock
+
+
+def check_place(folder: Path) -> None:
+    """ValueError for a folder that is no place for a run, so that nothing else is moved aside or mixed up."""
+    taken = folder.is_file() or any((folder / name).exists() for name in ("meta.json", "prepare.py", "train.jsonl"))
+    if not folder.name or taken:
+        raise ValueError(f"out_dir={str(folder)!r} is no place for a run: name a new folder, such as out/mine")
+    if (folder / CONFIG).exists() and not (folder / "checkpoints").is_dir():
+        try:
+            Run.open(folder)
+        except ValueError:
+            place = f"out_dir={str(folder)!r}"
+            raise ValueError(f"{place} holds a {CONFIG} that is not a run's: name another folder") from None
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Move a run that is in the folder to folder.1, .2, …; returns where it is now, None if there was none."""
+    if not (folder / CONFIG).exists() and not (folder / "checkpoints").exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+class RunFolder:
+    """The folder that a run trains in: it owns the lock, config.json, the log and the checkpoints.
+
+    Of the processes that train together, the first one's folder is active, and the others' do nothing.
+    """
+
+    def __init__(self, run: Run, start: Start, tokenizer: Tokenizer, config: TrainConfig, active: bool):
+        self.run, self.start, self.active, self.lock = run, start, active, None
+        self.notes = [*start.notes, *start.schedule_note(config)]
+        if active:
+            self._open(tokenizer)
+        try:
+            settings = self.run.settings | asdict(self.run.model_config)
+            self.log = Log(config, settings, active, start.state["step"] if start.state else 0)
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.log.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock:
+            self.lock.release()
+
+    def _open(self, tokenizer: Tokenizer) -> None:
+        """Make a new run's folder, or take a resumed run's log back to its checkpoint; then write config.json."""
+        folder, start = self.run.folder, self.start
+        check_place(folder)
+        if folder.exists():
+            self.lock = lock_folder(folder)
+        if start.resumes:
+            self._rewind_log()
+            origin = start.resumes.origin
+        else:
+            self._release()  # Windows moves no folder with an open file in it
+            aside = move_aside(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(folder)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            tokenizer.save(folder)
+            source = start.source.folder if start.source else None
+            if aside:
+                self.notes.append(f"{folder} held a run already: it is now {aside}")
+                source = aside if source and source.resolve() == folder.resolve() else source
+            origin = Origin(str(source), start.checkpoint.name) if source else Origin()
+        if self.run.lora and not (folder / "base").exists():
+            keep_run(Path(origin.source), self.run.base_checkpoint, folder / "base")
+        self.run = replace(self.run, origin=origin, settings=self.run.settings | {"init_from": origin.source})
+        self.run.save()
+
+    def _rewind_log(self) -> None:
+        """Drop what was logged after the checkpoint; if all checkpoints are gone, keep the old log beside the new."""
+        folder, path = self.run.folder, self.run.folder / "log.jsonl"
+        if self.start.state:
+            rewind_log(folder, self.start.state["step"])
+        elif path.exists():
+            evaluations = [line for line in path.read_text(errors="replace").splitlines() if '"val_loss"' in line]
+            if any('"step": 0,' not in line for line in evaluations):  # it was saved, and somebody deleted it
+                path.replace(folder / "log.before.jsonl")
+                self.notes.append(f"the log of the steps that are lost is kept as {folder / 'log.before.jsonl'}")
+            else:
+                path.unlink()
+
+    def save(self, model: GPT, optimizers: list, state: dict) -> None:
+        """Write a checkpoint of step state["step"]."""
+        if self.active:
+            save_checkpoint(self.run.folder, model, optimizers, state)
+
+
+def keep_run(source: Path, which: str, target: Path) -> None:
+    """Keep a run with one of its checkpoints in the folder target, as links where the disk allows it."""
+
+    def link(original: Path, copy: Path) -> None:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(original, copy)
+        except OSError:  # another disk
+            shutil.copy2(original, copy)
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    chosen = Path("checkpoints", which)
+    parts = [Path(CONFIG), Path(TOKENIZER_FILE), *(chosen / name for name in (*FILES, "manifest.json"))]
+    if (source / "base").is_dir():  # itself a run with LoRA
+        parts += [path.relative_to(source) for path in (source / "base").rglob("*") if path.is_file()]
+    for part in parts:
+        link(source / part, temporary / part)
+    temporary.rename(target)
