@@ -6,13 +6,16 @@ BIN := .venv/bin
 .PHONY: demo install test lint format clean
 
 demo: .venv/installed
-	$(BIN)/python data/pydocs/prepare.py
-	$(BIN)/python train.py config/pydocs.py
-	@echo; echo "Three texts by the model:"; echo
-	$(BIN)/python sample.py --out_dir=out/pydocs --prompt="The " --num_samples=3 --max_new_tokens=300 --temperature=0.6
-	$(BIN)/python data/pydocs_sft/prepare.py
-	$(BIN)/python finetune.py config/sft_pydocs.py
-	@echo; echo "Three answers by the fine-tuned model:"; echo
+	@echo "1. A corpus: Python's own documentation, and a vocabulary of 1,024 tokens learned from it"
+	@$(BIN)/python data/pydocs/prepare.py
+	@echo; echo "2. A language model, trained from nothing (config/pydocs.py)"
+	@$(BIN)/python train.py config/pydocs.py
+	@echo; echo "3. Three texts by the model"; echo
+	@$(BIN)/python sample.py --out_dir=out/pydocs --prompt="The " --num_samples=3 --max_new_tokens=300 --temperature=0.6
+	@echo; echo "4. The model learns to answer questions (config/sft_pydocs.py)"
+	@$(BIN)/python data/pydocs_sft/prepare.py
+	@$(BIN)/python finetune.py config/sft_pydocs.py
+	@echo; echo "5. Three answers by the fine-tuned model"; echo
 	@for question in "What does textwrap.fill do?" "Which module has wraps?" "Which arguments does json.dumps take?"; do \
 		echo "> $$question"; $(BIN)/python sample.py --out_dir=out/sft_pydocs --prompt="$$question" --temperature=0; done
 
@@ -24,6 +27,7 @@ test: lint
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

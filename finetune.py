@@ -38,8 +38,11 @@ a --dataset of your own config/sft.py. The keys, with the values that hold where
 line says otherwise:"""
 
 # What fine-tuning wants otherwise than pretraining: a base model is to be changed a little, not made anew.
-DEFAULTS = {"learning_rate": 1e-4, "optimizer": "adamw", "lr_schedule": "cosine", "dataset": "pydocs_sft",
-            "out_dir": "out/sft_pydocs", "init_from": "out/pydocs"}  # fmt: skip
+DEFAULTS: dict[str, object] = {
+    "optimizer": "adamw", "lr_schedule": "cosine", "dataset": "pydocs_sft", "out_dir": "out/sft_pydocs",
+    "init_from": "out/pydocs",
+}  # fmt: skip
+LEARNING_RATE = "3e-3 * (128 / n_embd) ** 1.5, and 5 times that for LoRA"  # 2e-4 for a width of 768, 2e-5 for 4096
 OWN_EPOCHS = 3.0  # passes over a data set that is not the config's own, whose max_iters were meant for another
 COMMAND_LINE = "the command line"
 
@@ -62,6 +65,10 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
         sft.num_epochs = 0.0
     elif sources.get("dataset") == COMMAND_LINE and "num_epochs" not in given:
         sft.num_epochs = OWN_EPOCHS
+    if not resuming and "learning_rate" not in given:
+        config.learning_rate = (5 if sft.lora_rank else 1) * 3e-3 * (128 / model_config.n_embd) ** 1.5
+        told = f"learning_rate {config.learning_rate:.1e}, for a model {model_config.n_embd} wide"
+        start = replace(start, notes=(*start.notes, f"{told}; choose your own by --learning_rate"))
     if sft.lora_rank and config.optimizer == "muon":
         if sources.get("optimizer") == COMMAND_LINE:
             raise ValueError("Muon is for whole matrices, not for LoRA's thin ones: use --optimizer=adamw")
@@ -98,7 +105,8 @@ def about(data: Conversations, config: TrainConfig, trained: int, source: Path) 
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(USAGE, TrainConfig, FinetuneConfig, GPTConfig, defaults=DEFAULTS))
+        defaults = DEFAULTS | {"learning_rate": LEARNING_RATE}
+        print(help_text(USAGE, TrainConfig, FinetuneConfig, GPTConfig, defaults=defaults))
         return
     start, config, sft, model_config = configure(sys.argv[1:])
     template = Template((start.resumes or start.source).tokenizer)

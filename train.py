@@ -15,11 +15,12 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import cli
@@ -63,8 +64,8 @@ class Trainer:
         if self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
         compiled = config.compile is True or config.compile == "auto" and process.device.type == "cuda"
-        self.evaluator = torch.compile(model) if compiled else model
-        self.network = self.evaluator
+        self.evaluator: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+        self.network: Any = self.evaluator  # has no_sync if it is data-parallel
         if process.world_size > 1:
             self.network = DistributedDataParallel(self.evaluator, broadcast_buffers=False)  # they are constants
         self.saved_step = self.state["step"]  # the last step that was evaluated and saved
@@ -196,7 +197,8 @@ class Trainer:
             if best or config.always_save_checkpoint:
                 self.save(metrics["val_loss"])
         self.log.show_evaluation(event)  # after saving: a terminal that is gone costs nothing
-        if config.sample_interval and state["step"] % config.sample_interval == 0 and self.process.rank == 0:
+        last = state["step"] >= config.max_iters
+        if config.sample_interval and (last or state["step"] % config.sample_interval == 0) and self.process.rank == 0:
             self.model.eval()
             self.log.say(self.task.preview(self.model))
             self.model.train()
@@ -239,8 +241,8 @@ def evaluate(network, task: Task, process: Process) -> dict[str, float]:
         with autocast(process.device, process.dtype):
             loss += network(**to_device(batch, process.device), target_count=1)[1]
     network.train()
-    loss, count = process.total(loss.item(), count)
-    mean = loss / max(count, 1)
+    total, counted = process.total(loss.item(), count)
+    mean = total / max(counted, 1)
     return {"val_loss": mean, "val_bpb": mean * task.tokens_per_byte / np.log(2)}
 
 

@@ -1,17 +1,19 @@
 """Seconds to nanoGPT's loss on tiny Shakespeare: nanoGPT's own recipe, then ours, then both scored alike.
 
-    python bench/time_to_loss.py --input tinyshakespeare.txt --nanogpt PATH_TO_A_CLONE [--gpu]
+    python bench/time_to_loss.py --input tinyshakespeare.txt --nanogpt PATH_TO_A_CLONE [--gpu] [--plot FILE.svg]
 
 Each run is the whole command a user would type, timed from start to exit, one after the other on an idle machine. Both
 final models are scored on the whole validation split, in the same consecutive windows. Without --gpu: nanoGPT's README
 recipe for a CPU against config/shakespeare_char_cpu.py; with --gpu: its config/train_shakespeare_char.py against
 config/shakespeare_char.py. Ours runs three times: with just enough steps to pass nanoGPT's loss, with as many as fit
-into nanoGPT's time, and as the config says.
+into nanoGPT's time, and as the config says. --plot draws the validation losses that both print on the way, at the
+second at which they print them (nanoGPT estimates it from 20 batches, ours is that of the whole split).
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -35,21 +37,53 @@ NANOGPT_CPU = (
 ).split()
 
 
-def timed(command: list[object], folder: Path) -> float:
-    """Run the command in that folder to its end; returns its seconds."""
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
-    return time.perf_counter() - begin
+Curve = list[tuple[float, float]]  # (seconds since the command began, validation loss)
 
 
-def run_nanogpt(clone: Path, text: Path, work: Path, gpu: bool) -> tuple[float, torch.nn.Module]:
-    """Prepare the data and train in a copy of the clone; returns its seconds and the model it saved as its best."""
+def timed(command: list[object], folder: Path) -> tuple[float, Curve]:
+    """Run the command in that folder to its end; returns its seconds and the validation losses that it printed."""
+    begin, lines, curve = time.perf_counter(), [], []
+    process = subprocess.Popen(
+        [sys.executable, "-u", *map(str, command)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"val[ _]loss ([\d.]+)", line):
+            curve.append((time.perf_counter() - begin, float(found[1])))
+    if process.wait():
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{''.join(lines[-30:])}")
+    return time.perf_counter() - begin, curve
+
+
+def draw(path: Path, curves: dict[str, Curve]) -> None:
+    """Plot validation losses against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6))
+    for (name, curve), color in zip(curves.items(), ("#888888", "#c1432e"), strict=True):
+        axes.plot(*zip(*curve, strict=True), marker=".", color=color, label=name)
+        axes.annotate(f"{curve[-1][1]:.2f}", curve[-1], xytext=(6, -3), textcoords="offset points", color=color)
+    axes.set(xlabel="seconds since the command began, 2 CPU cores", ylabel="validation loss (nats per character)")
+    axes.set_ylim(1.45, 2.8)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def run_nanogpt(clone: Path, text: Path, work: Path, gpu: bool) -> tuple[float, Curve, torch.nn.Module]:
+    """Prepare the data and train in a copy of the clone; returns its seconds, curve, and the best model it saved."""
     copy = Path(shutil.copytree(clone, work / "nanogpt", ignore=shutil.ignore_patterns(".git", "assets")))
     shutil.copy(text, copy / "data/shakespeare_char/input.txt")
     timed(["data/shakespeare_char/prepare.py"], copy)
-    seconds = timed(["train.py", "config/train_shakespeare_char.py", *([] if gpu else NANOGPT_CPU)], copy)
+    seconds, curve = timed(["train.py", "config/train_shakespeare_char.py", *([] if gpu else NANOGPT_CPU)], copy)
     saved = torch.load(copy / "out-shakespeare-char/ckpt.pt", map_location="cpu", weights_only=True)
     sys.path.insert(0, str(copy))
     ours = sys.modules.pop("model")  # both projects call it that
@@ -58,19 +92,19 @@ def run_nanogpt(clone: Path, text: Path, work: Path, gpu: bool) -> tuple[float, 
     sys.modules["model"] = ours
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()})
-    return seconds, model.eval()
+    return seconds, curve, model.eval()
 
 
-def run_ours(work: Path, config: str, name: str, *options: str) -> tuple[float, torch.nn.Module, float]:
-    """Train with our config; returns its seconds, its best model and the seconds that a step took."""
+def run_ours(work: Path, config: str, name: str, *options: str) -> tuple[float, Curve, torch.nn.Module, float]:
+    """Train with our config; returns its seconds, its curve, its best model and the seconds that a step took."""
     out_dir = work / name
     command = ["train.py", f"config/{config}.py", f"--dataset={work / 'corpus'}", f"--out_dir={out_dir}", *options]
-    seconds = timed(command, ROOT)
+    seconds, curve = timed(command, ROOT)
     events = map(json.loads, (out_dir / "log.jsonl").read_text().splitlines())
     speed = statistics.median(event["tokens_per_second"] for event in events if "train_loss" in event)
     train = json.loads((out_dir / "config.json").read_text())["train"]
     model = Run.open(out_dir).load_model()
-    return seconds, model, train["batch_size"] * model.config.block_size / speed
+    return seconds, curve, model, train["batch_size"] * model.config.block_size / speed
 
 
 @torch.no_grad()
@@ -92,6 +126,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of nanoGPT")
     parser.add_argument("--gpu", action="store_true", help="the baby GPT on a CUDA GPU")
+    parser.add_argument("--plot", type=Path, help="draw both runs' losses to this file (needs matplotlib)")
     parser.add_argument("--steps", type=int, help="steps of the short run; default 150, with --gpu 400")
     arguments = parser.parse_args()
     config, block_size, device = (
@@ -106,22 +141,26 @@ def main() -> None:
         gpu = torch.cuda.get_device_name() if arguments.gpu else "no GPU"
         print(f"{os.cpu_count()} CPU cores, {gpu}, torch {torch.__version__}")
         print(f"{'run':34} {'parameters':>10} {'seconds':>8} {'val loss':>9} {'speed-up':>9}")
-        theirs, model = run_nanogpt(clone, text, work, arguments.gpu)
+        theirs, their_curve, model = run_nanogpt(clone, text, work, arguments.gpu)
 
         def row(name: str, model: torch.nn.Module, seconds: float) -> None:
             size, loss = sum(p.numel() for p in model.parameters()), score(model, corpus, block_size, device)
             print(f"{name:34} {size:10,} {seconds:8.1f} {loss:9.4f} {theirs / seconds:8.2f}x", flush=True)
 
         row("nanoGPT", model, theirs)
-        seconds, model, per_step = run_ours(work, config, "short", f"--max_iters={steps}", f"--eval_interval={steps}")
+        seconds, _, model, per_step = run_ours(
+            work, config, "short", f"--max_iters={steps}", f"--eval_interval={steps}"
+        )
         row(f"plainGPT, {steps} steps", model, seconds)
         steps += int(0.97 * (theirs - seconds) / per_step)  # the same start-up and evaluations, more steps
         # On a GPU the model overfits in that time: evaluate on the way and keep the best, as nanoGPT does.
         options = [f"--max_iters={steps}", *([] if arguments.gpu else [f"--eval_interval={steps}"])]
-        seconds, model, _ = run_ours(work, config, "same", *options)
+        seconds, _, model, _ = run_ours(work, config, "same", *options)
         row(f"plainGPT, {steps} steps", model, seconds)
-        seconds, model, _ = run_ours(work, config, "whole")
+        seconds, curve, model, _ = run_ours(work, config, "whole", *(["--eval_interval=100"] if arguments.plot else []))
         row("plainGPT, the whole config", model, seconds)
+        if arguments.plot:
+            draw(arguments.plot, {"nanoGPT": their_curve, "plainGPT": curve})
 
 
 if __name__ == "__main__":

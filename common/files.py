@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -29,7 +30,7 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
     write_whole(path, json.dumps(content, indent=1))
 
 
-def read_json(path: str | os.PathLike, what: str = "a vocabulary") -> object:
+def read_json(path: str | os.PathLike, what: str = "a vocabulary") -> Any:
     """The content of a JSON file. ValueError, with what the file should have been, if it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -2,18 +2,18 @@
 
 python data/chat/prepare.py --input mine.jsonl --output data/mine
 python finetune.py --dataset=mine --init_from=out/x --out_dir=out/mine
+
+The learning rate follows the model's width (see finetune.py), unless you say another one by --learning_rate.
 """
 
 init_from = "out/pydocs"
 out_dir = "out/sft"
 dataset = "mine"
 
-batch_size = 8  # rows of block_size tokens, several conversations each
+batch_size = 2  # rows of block_size tokens, several conversations each: a hundred of them make some 50 steps
 num_epochs = 3
-optimizer = "muon"
-learning_rate = 1e-3
-lr_schedule = "wsd"
-decay_fraction = 0.8
+optimizer = "adamw"
+lr_schedule = "cosine"
 warmup_iters = 5
 
-sample_interval = 1  # after each pass
+sample_interval = 1  # answer held-out questions after each pass

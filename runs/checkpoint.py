@@ -144,7 +144,7 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
 def read_state(checkpoint: Path) -> dict:
     """The checkpoint's state.json: step, val_loss, best_val_loss, seconds, scaler. ValueError if it is damaged."""
     path = checkpoint / "state.json"
-    state = {"val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
+    state: dict = {"val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
     try:
         state |= read_json(path, "a checkpoint's state")
         good = (
@@ -169,7 +169,7 @@ def verify(checkpoint: Path) -> None:
     """Compare every file with the manifest's checksum. ValueError names the first file that differs."""
     path = checkpoint / "manifest.json"
     try:
-        manifest = read_json(path, "a checkpoint's manifest")
+        manifest: dict = dict(read_json(path, "a checkpoint's manifest"))
         expected = {name: manifest["files"][name] for name in FILES}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is missing or damaged; use another checkpoint") from None
@@ -212,7 +212,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:
     """Restore the optimizers' state. ValueError if it was made by another choice of optimizers."""
-    parameters, owner = dict(model.named_parameters()), {}
+    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    owner: dict[Tensor, torch.optim.Optimizer] = {}
     for optimizer in optimizers:
         owner |= {p: optimizer for group in optimizer.param_groups for p in group["params"]}
     for label, tensor in read_tensors(checkpoint / FILES[1]).items():

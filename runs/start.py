@@ -7,9 +7,10 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from common.config import build
 from model import GPT, GPTConfig
@@ -66,7 +67,7 @@ class Start:
                     self._check_change(key, base.get(key, now), now, known)
         return configs
 
-    def _check_change(self, key: str, before: object, now: object, known: Run) -> None:
+    def _check_change(self, key: str, before: Any, now: Any, known: Run) -> None:
         """ValueError if a setting of the model may not become another one."""
         if now == before or key in MAY_CHANGE or (key, now) == ("vocab_size", 0):
             return
@@ -167,7 +168,8 @@ def decide(given: dict, defaults: dict, task: str) -> Start:
 
 def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is not damaged, None if there is none at all, and what is wrong with newer ones."""
-    notes, checkpoints = [], run.checkpoints()
+    notes: list[str] = []
+    checkpoints = run.checkpoints()
     for checkpoint in reversed(checkpoints):
         try:
             verify(checkpoint)
@@ -187,7 +189,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
 # The folder
 
 
-def lock_folder(folder: Path) -> FileLock:
+def lock_folder(folder: Path) -> BaseFileLock:
     """Hold the folder until the lock is released or the process ends. ValueError if another process trains there."""
     lock = FileLock(folder / ".lock")
     try:
@@ -228,7 +230,8 @@ class RunFolder:
     """
 
     def __init__(self, run: Run, start: Start, tokenizer: Tokenizer, config: TrainConfig, active: bool):
-        self.run, self.start, self.active, self.lock = run, start, active, None
+        self.run, self.start, self.active = run, start, active
+        self.lock: BaseFileLock | None = None
         self.notes = [*start.notes, *start.schedule_note(config)]
         if active:
             self._open(tokenizer)

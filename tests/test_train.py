@@ -362,8 +362,8 @@ def test_another_run_s_shape_needs_no_config_file(command, corpus_folder, tmp_pa
 def test_a_sample_is_printed_when_asked(command, capsys):
     command("a", "--sample_interval=8")
     lines = capsys.readouterr().out.splitlines()
-    after = [lines[i + 1].startswith("step") for i, line in enumerate(lines[:-1]) if "val_loss" in line]
-    assert after == [False, True, False]  # at steps 0 and 8, not at 4; 12 is last
+    after = [not lines[i + 1].startswith("step") for i, line in enumerate(lines[:-1]) if "val_loss" in line]
+    assert after == [True, False, True, True]  # at steps 0 and 8, not at 4; and at the last one
 
 
 def test_wandb_gets_the_same_numbers_offline(command, monkeypatch, tmp_path):

@@ -29,7 +29,7 @@ class TrainConfig:
     eval_iters: int = 0  # validation batches per evaluation; 0 = the whole split
     eval_only: bool = False  # evaluate once and exit
     log_interval: int = 10  # steps between lines of log.jsonl
-    sample_interval: int = 0  # print a sample at evaluations whose step this divides; 0 = never
+    sample_interval: int = 0  # print a sample at evaluations whose step this divides, and at the last; 0 = never
     always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16

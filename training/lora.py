@@ -65,6 +65,7 @@ class EmbeddingWithNewRows(nn.Embedding):
     def __init__(self, embedding: nn.Embedding, lora_rows: nn.Parameter, ids: Tensor):
         nn.Module.__init__(self)
         self.weight, self.lora_rows = embedding.weight, lora_rows
+        self.row_of: Tensor
         row_of = torch.full((len(embedding.weight),), len(ids), device=ids.device)
         row_of[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("row_of", row_of, persistent=False)
@@ -81,6 +82,7 @@ class HeadWithNewRows(Head):
         nn.Module.__init__(self)
         self.weight, self.bias, self.norm_rows, self.lora_rows = head.weight, None, head.norm_rows, lora_rows
         self.in_features, self.out_features = head.in_features, head.out_features
+        self.ids: Tensor
         self.register_buffer("ids", ids, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,8 +118,9 @@ def merge_lora(model: GPT) -> None:
                 setattr(module, name, child.merge())
     if isinstance(model.head, HeadWithNewRows):
         tok_emb, head, tied = model.tok_emb, model.head, model.config.tie_embeddings
-        model.tok_emb, model.head = nn.Embedding(*tok_emb.weight.shape, device="meta"), Head(model.config)
-        model.tok_emb.weight = nn.Parameter(tok_emb.weight.index_add(0, head.ids, tok_emb.lora_rows))
-        untied = model.tok_emb.weight if tied else nn.Parameter(head.weight.index_add(0, head.ids, head.lora_rows))
-        model.head.weight = untied
+        assert isinstance(tok_emb, EmbeddingWithNewRows)
+        merged = nn.Parameter(tok_emb.weight.index_add(0, head.ids, tok_emb.lora_rows))
+        model.tok_emb, model.head = nn.Embedding.from_pretrained(merged), Head(model.config)
+        model.tok_emb.weight = merged
+        model.head.weight = merged if tied else nn.Parameter(head.weight.index_add(0, head.ids, head.lora_rows))
     model.requires_grad_(True)
