@@ -67,7 +67,8 @@ class Trainer:
         self.evaluator: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
         self.network: Any = self.evaluator  # has no_sync if it is data-parallel
         if process.world_size > 1:
-            self.network = DistributedDataParallel(self.evaluator, broadcast_buffers=False)  # they are constants
+            self.network = DistributedDataParallel(self.evaluator)
+            self.network.broadcast_buffers = False  # they are constants
         self.saved_step = self.state["step"]  # the last step that was evaluated and saved
         self.pending: list[Tensor] = []  # losses and gradient norms still on the device, read together at the next log
         self.peak_flops = peak_flops(process.device, process.dtype)

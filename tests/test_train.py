@@ -160,7 +160,7 @@ def test_two_processes_are_one(command, corpus_folder, tmp_path):
     options = ["--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.1"]
     one = command("one", *options)
     result = torchrun(2, tmp_path / "two", corpus_folder, *options)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     assert torch.allclose(losses(one), losses(tmp_path / "two"), atol=2e-4)
     assert (losses(one)[1:3] - losses(tmp_path / "two")[1:3]).abs().max() < 1e-6
     assert result.stdout.count("step 12/12: val_loss") == 1  # one process talks
