@@ -1,30 +1,42 @@
-"""Text from a trained model: greedy, drawn at random, or by beam search; a conversation; the likelihood of a text.
+"""Text from a trained model: drawn at random, greedy, or by beam search; a conversation; the likelihood of a text.
 
     python sample.py --out_dir=out/pydocs --prompt="os.path"
     python sample.py --num_beams=4 --num_samples=2 --prompt="os.path"
-    python sample.py --chat
+    python sample.py --out_dir=out/sft_pydocs --prompts=questions.jsonl --json > answers.jsonl
+    python sample.py --out_dir=out/sft_pydocs --chat
     python sample.py --score=book.txt
 
-How tokens are found is in decoding/stream.py and decoding/beam.py; here they become text.
+How tokens are chosen is in decoding/stream.py and decoding/beam.py, how prompts become tokens in decoding/prompt.py,
+how tokens become text in decoding/text.py, the conversation in decoding/chat.py.
 """
 
-import codecs
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+from tqdm import tqdm
 
 from common import cli
 from common.config import build, help_text, read_arguments
-from common.files import write_whole
 from decoding.beam import Hypothesis, beam_search
+from decoding.chat import chat
 from decoding.fast import check_int8, speed_up
+from decoding.prompt import (
+    Prompt,
+    Question,
+    TextModel,
+    make_prompts,
+    read_questions,
+    read_text,
+    text_or_file,
+    typed_text,
+)
 from decoding.stream import Token, generate, log_likelihood, prompt_tokens, stream
-from model import GPT
+from decoding.text import Text, note, read_stops, show
 from runs.run import Run
 from text.chat import Template
-from text.tokenizer import Tokenizer
 from training.device import DTYPES, pick_device, pick_dtype
 
 __all__ = ["Hypothesis", "beam_search", "generate", "stream"]
@@ -32,10 +44,23 @@ __all__ = ["Hypothesis", "beam_search", "generate", "stream"]
 USAGE = """usage: python sample.py [--key=value ...]
 
 Prints text from a trained model as it is made. Text may grow longer than the model's block_size: when the context is
-full, its older half is forgotten and the newer half read again."""
+full, its older half is forgotten and the newer half read again. On a terminal, control characters in the text are shown
+as escapes such as \\x1b; a file or a pipe gets the text exactly as the model wrote it."""
 
 MOST = 4096  # texts or beams at once
-CHAT_HELP = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C stops an answer"
+
+# The ways to use a model, and the options that each of them reads. Any other one is refused, rather than ignored.
+CHAT, SCORE, BEAMS, DRAW = "--chat", "--score", "--num_beams above 1", "--num_beams=1, which draws tokens one by one"
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+TEXTS = ("prompt", "prompts", "batch_size", "system", "max_new_tokens", "num_samples", "json")
+ALWAYS = ("out_dir", "checkpoint", "quantize", "device", "dtype")
+READS = {
+    CHAT: ("chat", "system", "max_new_tokens", "stop", *DRAWING, *ALWAYS),
+    SCORE: ("score", "json", *ALWAYS),
+    BEAMS: ("num_beams", "length_penalty", *TEXTS, *ALWAYS),
+    DRAW: ("num_beams", "stop", *DRAWING, *TEXTS, *ALWAYS),
+}
+SWITCHES = ("chat", "score", "json", "prompt", "prompts", "system", "stop", "num_samples", "num_beams")  # default: off
 
 
 @dataclass
@@ -43,8 +68,11 @@ class SampleConfig:
     out_dir: str = "out/pydocs"  # the run to sample from
     checkpoint: str = "best"  # best (lowest validation loss) | latest | a name such as step_00001000
     prompt: str = ""  # text to continue, or a question to a fine-tuned model; FILE:path reads it from a file
+    prompts: str = ""  # a file of prompts: .jsonl with {"prompt": ...} or {"messages": [...]} per line, or .txt
+    system: str = ""  # a system message for a fine-tuned model; FILE:path reads it from a file
     max_new_tokens: int = 500  # stop after this many tokens, or when the model ends the document
-    num_samples: int = 1  # how many texts; the first is shown as it comes, the others when all are done
+    num_samples: int = 1  # texts per prompt; of a single prompt the first is shown as it is made
+    batch_size: int = 16  # with --prompts: how many texts or beams are made at once
     temperature: float = 0.8  # below 1 bolder, above 1 wilder; 0 = greedy, always the most likely token
     top_k: int = 0  # draw among the k most likely tokens only; 0 = all
     top_p: float = 1.0  # draw among the fewest most likely tokens that together reach this probability
@@ -52,350 +80,299 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # above 1: tokens that are there already become less likely
     num_beams: int = 1  # above 1: beam search, for the likeliest text; num_samples of them are shown
     length_penalty: float = 1.0  # beams are compared by log-probability / length^this; 0 favours short ones
-    stop: str = ""  # end before this string, or before any of a JSON list of strings
-    seed: int = 1337  # the same seed gives the same text
+    stop: str = ""  # end before this string (\n is a line break), or before any of a JSON list of strings
+    seed: int = 1337  # the same seed gives the same text; text i draws from seed + i, i counting from 0
     chat: bool = False  # talk with the model in the terminal
     json: bool = False  # print a JSON object per text: tokens, log-probabilities, why it ended
-    score: str = ""  # a file: print its log-likelihood and its bits per byte instead of new text
+    score: str = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
     quantize: str = "none"  # none | int8: weights as bytes, on a CPU: quicker, a little less exact
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
-        lowest = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "num_beams": 1}
+        lowest = {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
         for name, low in lowest.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        ranges = {"min_p": (0, 1), "repetition_penalty": (0.01, 100), "length_penalty": (-10, 10)}
+        ranges |= dict.fromkeys(("num_samples", "num_beams", "batch_size"), (1, MOST))
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be from 0 to 1, not {self.min_p}")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise ValueError(f"repetition_penalty must be from 0.01 to 100, not {self.repetition_penalty}")
-        for name in ("num_samples", "num_beams"):
-            if getattr(self, name) > MOST:
-                raise ValueError(f"{name} must be at most {MOST}, not {getattr(self, name)}")
-        if not -10 <= self.length_penalty <= 10:
-            raise ValueError(f"length_penalty must be from -10 to 10, not {self.length_penalty}")
         if self.quantize not in ("none", "int8"):
             raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
-        if self.num_beams > 1:
-            self.check_beams()
-        if self.chat and (self.json or self.score or self.prompt or self.num_samples > 1):
-            raise ValueError("--chat goes with none of --json, --score, --prompt and --num_samples")
-        if self.score and self.prompt:
-            raise ValueError("--score measures a text and makes none: it has no use for --prompt")
+        if 1 < self.num_beams < self.num_samples:
+            raise ValueError(f"num_samples={self.num_samples} texts cannot come from num_beams={self.num_beams}")
         self.stops()
 
-    def check_beams(self) -> None:
-        """ValueError for what beam search has no use for."""
-        for name, default in {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "stop": ""}.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} is for drawing tokens one by one: beam search (num_beams) does not use it")
-        if self.num_samples > self.num_beams:
-            raise ValueError(f"num_samples={self.num_samples} texts cannot come from num_beams={self.num_beams}")
+    def way(self) -> str:
+        """The way in which the model is used, a key of READS."""
+        if self.chat or self.score:
+            return CHAT if self.chat else SCORE
+        return BEAMS if self.num_beams > 1 else DRAW
+
+    def check_use(self, given: set[str]) -> None:
+        """Raises ValueError if an option would be ignored that was given, be it with its default's value."""
+        way = self.way()
+        for name in sorted(given.difference(READS[way])):
+            if name not in SWITCHES or getattr(self, name) != getattr(SampleConfig, name):
+                raise ValueError(f"--{name} has no effect with {way}: leave it out")
+        if "batch_size" in given and not self.prompts:
+            raise ValueError("--batch_size has no effect without --prompts: leave it out")
+        if self.prompts and self.prompt:
+            raise ValueError("--prompt and --prompts were both given: leave one of them out")
+        greedy = way == DRAW and self.temperature == 0
+        if greedy and self.num_samples > 1:
+            raise ValueError(f"temperature=0 always takes the most likely token, so num_samples={self.num_samples} "
+                             "texts would all be the same: raise it, or use --num_beams")  # fmt: skip
+        idle = sorted(given & {"top_k", "top_p", "min_p", "seed"}) if greedy else []
+        if idle:
+            note(f"note: temperature=0 always takes the most likely token: {', '.join(idle)} cannot change the text")
+
+    def rows(self) -> int:
+        """How many texts or beams are made at once."""
         if self.chat:
-            raise ValueError("--chat shows tokens as they come, beam search (num_beams) finds them at the end")
+            return 1
+        return max(self.num_beams, self.batch_size if self.prompts else self.num_samples)
 
     def stops(self) -> list[str]:
-        """The stop strings. ValueError for a JSON list of anything but strings that are not empty."""
-        if not self.stop.startswith("["):
-            return [self.stop] if self.stop else []
-        try:
-            stops = json.loads(self.stop)
-        except (ValueError, RecursionError):
-            return [self.stop]  # a text that happens to begin with a bracket
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise ValueError(f"stop must be a string, or a JSON list of strings that are not empty: {self.stop}")
-        return stops
+        """The stop strings."""
+        return read_stops(typed_text(self.stop, "stop"))
 
     def drawing(self) -> dict:
         """The options of `stream` that say how tokens are drawn."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in DRAWING}
+
+
+def read_options(argv: list[str]) -> SampleConfig:
+    """The options of the command line. Raises ValueError for one that is impossible, or that would be ignored."""
+    given = read_arguments(argv)
+    (config,) = build(given, SampleConfig)
+    config.check_use(set(given))
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text from tokens, and tokens from text
+# What to read
 
 
-class Text:
-    """The text of tokens as they come, up to a stop string.
-
-    Held back: the bytes of an unfinished character, and text that may be the beginning of a stop string. So a stop
-    string is found wherever it begins and ends, and never shown in part.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.text, self.held, self.stopped = "", "", False
-
-    def add(self, token: int) -> str:
-        """The text that is certain now, and was not before."""
-        held = self.search(self.decoder.decode(self.tokenizer.bytes_of(token)))
-        begun = [n for stop in self.stops for n in range(len(stop)) if held.endswith(stop[:n])]
-        prefix = 0 if self.stopped else max(begun, default=0)
-        return self.show(held[: len(held) - prefix], held[len(held) - prefix :])
-
-    def end(self) -> str:
-        """What was held back, as nothing more will come."""
-        return self.show(self.search(self.decoder.decode(b"", final=True)), "")
-
-    def search(self, piece: str) -> str:
-        """The text not yet shown, up to the stop string that begins first in it; nothing follows one."""
-        held = "" if self.stopped else self.held + piece
-        ends = [held.find(stop) for stop in self.stops if stop in held]
-        self.stopped |= bool(ends)
-        return held[: min(ends)] if ends else held
-
-    def show(self, text: str, held: str) -> str:
-        self.text, self.held = self.text + text, held
-        return text
-
-
-def read_text(path: str, what: str) -> str:
-    """A file's text. ValueError if it cannot be read."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")  # bytes: line ends stay what they are
-    except (OSError, ValueError) as error:
-        undecoded = isinstance(error, UnicodeDecodeError)
-        reason = "it is not UTF-8 text" if undecoded else getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read the {what} {path}: {reason}") from None
-
-
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or the file's text for FILE:path."""
-    return read_text(prompt[5:], "prompt file") if prompt.startswith("FILE:") else prompt
-
-
-def note(message: str) -> None:
-    """A line to the user, apart from the text."""
-    print(message, file=sys.stderr, flush=True)
+def open_model(config: SampleConfig) -> TextModel:
+    """The run's model on its device, in its precision, laid out for decoding."""
+    device = pick_device(config.device)
+    run = Run.open(config.out_dir)
+    gpt, tokenizer = run.load_model(config.checkpoint).to(device), run.tokenizer
+    for p in gpt.parameters():  # not the tables of positions: training has them in float32 too
+        p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
+    if not config.score:  # which compares the model with its quantized self
+        gpt = speed_up(gpt, config.rows(), config.quantize)
+    if not run.fine_tuned:
+        return TextModel(gpt, tokenizer, None)
+    template = Template(tokenizer)
+    if template.tokenizer is not tokenizer:
+        raise ValueError(f"{config.out_dir}: its tokenizer lacks the tokens of conversations, so it is not the one "
+                         "that this model was fine-tuned with")  # fmt: skip
+    return TextModel(gpt, tokenizer, template)
 
 
 @dataclass
-class Prompt:
-    """What the model is to go on from."""
+class Given:
+    """What the user gave to be read."""
 
-    text: str  # as the user gave it
-    tokens: list[int]
-    eos_id: int | None  # the token with which the model ends its text
-    shown: str  # what to print before the model's text
+    questions: list[Question]  # of --prompt or --prompts
+    system: str  # of --system
+    text: str  # of the file of --score
 
 
-def make_prompt(tokenizer: Tokenizer, template: Template | None, text: str) -> Prompt:
-    """A document to continue; for a fine-tuned model, a question to answer."""
-    if template is None:
-        return Prompt(text, prompt_tokens(tokenizer, text), tokenizer.eot_id, text)
-    if not text:
-        raise ValueError("this model was fine-tuned to answer: give it a --prompt, or talk with it by --chat")
-    tokens, _ = template.render([{"role": "user", "content": text}], reply=True)
-    return Prompt(text, tokens, template.end_id, "")
+def read_input(config: SampleConfig) -> Given:
+    """Read all files that the options name, before the model is loaded, so that a wrong name is told at once."""
+    questions = (
+        read_questions(config.prompts)
+        if config.prompts
+        else [Question({"prompt": text_or_file(config.prompt, "the prompt")})]
+    )
+    system = text_or_file(config.system, "the system message")
+    return Given(questions, without_last_line_break(system), read_text(config.score, "text") if config.score else "")
+
+
+def without_last_line_break(text: str) -> str:
+    """A file's text without the line break that every editor puts at its end."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Prompt]:
+    """The questions as the model reads them; the user is told which of them are longer than its context."""
+    questions = given.questions
+    if model.template and config.prompt.startswith("FILE:"):
+        questions = [Question({"prompt": without_last_line_break(questions[0].fields["prompt"])})]
+    prompts = make_prompts(model, questions, given.system)
+    long = [prompt for prompt in prompts if len(prompt.tokens) > model.block_size]
+    if long:
+        place = f"{long[0].question.place}: " if config.prompts else ""
+        more = f" (and {len(long) - 1:,} more)" if len(long) > 1 else ""
+        size = f"the prompt has {len(long[0].tokens)} tokens, and the model sees {model.block_size} at most"
+        note(f"note: {place}{size}: the beginning is not seen{more}")  # fmt: skip
+    return prompts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands
+# What to print
 
 
-def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Prompt) -> None:
-    """Draw num_samples texts as one batch, and print them."""
-    texts = [Text(tokenizer, config.stops()) for _ in range(config.num_samples)]
+def batches(prompts: list, size: int) -> Iterator[list]:
+    """The prompts, `size` at a time; progress is shown where the texts themselves go elsewhere than to the terminal."""
+    quiet = True if len(prompts) <= size or sys.stdout.isatty() else None  # None: if stderr is a terminal
+    with tqdm(total=len(prompts), unit=" texts", disable=quiet) as bar:
+        for start in range(0, len(prompts), size):
+            yield prompts[start : start + size]
+            bar.update(len(prompts[start : start + size]))
+
+
+def write_samples(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -> None:
+    """Draw num_samples texts for each prompt, and print them batch by batch, in order."""
+    rows = [(prompt, n) for prompt in prompts for n in range(config.num_samples)]
+    done, live = 0, not (config.prompts or config.json)  # live: the first text is shown as it is made
+    for batch in batches(rows, config.batch_size if config.prompts else len(rows)):
+        drawn = draw(model, config, [prompt for prompt, _ in batch], config.seed + done, live)
+        for (prompt, n), (text, finish, tokens) in zip(batch, drawn, strict=True):
+            if config.json:
+                write_json(prompt, text, finish, [t.id for t in tokens], [t.logprob for t in tokens])
+            elif not live or n > 0:
+                show(header(config, prompt, n + 1) if config.prompts else "-" * 20)
+                show(prompt.shown + text)
+        done += len(batch)
+
+
+def draw(
+    model: TextModel, config: SampleConfig, prompts: list[Prompt], seed: int, live: bool
+) -> list[tuple[str, str, list[Token]]]:
+    """One text for each prompt, as (text, why it ended, tokens); if live, the first one is printed as it is made."""
+    texts = [Text(model.tokenizer, config.stops()) for _ in prompts]
     rows: list[list[Token]] = [[] for _ in texts]
-    live = not config.json  # is the first text shown as it comes?
 
     def ends(i: int, token: int) -> bool:
         new = texts[i].add(token)
         if i == 0 and live:
-            print(new, end="", flush=True)
+            show(new, end="")
         return texts[i].stopped
 
     if live:
-        print(prompt.shown, end="", flush=True)
+        show(prompts[0].shown, end="")
     columns = stream(
-        model, [prompt.tokens] * config.num_samples, config.max_new_tokens, **config.drawing(), eos_id=prompt.eos_id,
-        vocab_size=tokenizer.vocab_size, ends=ends,
+        model.gpt, [prompt.tokens for prompt in prompts], config.max_new_tokens, **config.drawing() | {"seed": seed},
+        eos_id=model.eos_id, vocab_size=model.tokenizer.vocab_size, ends=ends,
     )  # fmt: skip
     for column in columns:
         for row, token in zip(rows, column, strict=True):
             row += [token] if token is not None else []
-    for i, (row, new) in enumerate(zip(rows, texts, strict=True)):
-        rest = new.end()
-        if live:
-            print(rest if i == 0 else f"{'-' * 20}\n{prompt.shown}{new.text}")
-            continue
-        finish = "stop" if new.stopped else "eos" if row[-1].id == prompt.eos_id else "length"
-        write_json(prompt.text, new.text, finish, [t.id for t in row], [t.logprob for t in row])
+    drawn = []
+    for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        rest = text.end()
+        if i == 0 and live:
+            show(rest)
+        finish = "stop" if text.stopped else "eos" if row[-1].id == model.eos_id else "length"
+        drawn.append((text.text, finish, row))
+    return drawn
 
 
-def write_beams(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Prompt) -> None:
-    """Search with num_beams, and print the num_samples best texts with their scores."""
-    (found,) = beam_search(
-        model, [prompt.tokens], config.max_new_tokens, num_beams=config.num_beams, eos_id=prompt.eos_id,
-        length_penalty=config.length_penalty, num_return=config.num_samples, vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
-    for rank, beam in enumerate(found, start=1):
-        finish = "eos" if beam.tokens[-1] == prompt.eos_id else "length"
-        new = tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
-        if config.json:
-            write_json(prompt.text, new, finish, beam.tokens, beam.logprobs, score=beam.score)
-        else:
-            if config.num_samples > 1:
-                counts = f"log-probability {beam.logprob:.4f}, {len(beam.tokens)} tokens"
-                print(f"--- {rank}: score {beam.score:.4f}, {counts}")
-            print(prompt.shown + new)
+def write_beams(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -> None:
+    """Search with num_beams, and print the num_samples best texts for each prompt with their scores."""
+    for batch in batches(prompts, max(1, config.batch_size // config.num_beams)):
+        found = beam_search(
+            model.gpt, [prompt.tokens for prompt in batch], config.max_new_tokens, num_beams=config.num_beams,
+            eos_id=model.eos_id, length_penalty=config.length_penalty, num_return=config.num_samples,
+            vocab_size=model.tokenizer.vocab_size,
+        )  # fmt: skip
+        for prompt, beams in zip(batch, found, strict=True):
+            for rank, beam in enumerate(beams, start=1):
+                write_beam(model, config, prompt, rank, beam)
 
 
-def write_json(prompt: str, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
-    """One line. finish: eos (the model ended the text), stop (a stop string came) or length (max_new_tokens did)."""
-    line = {"prompt": prompt, "text": text, "finish": finish, **more, "logprob": sum(logprobs)}
-    print(json.dumps(line | {"tokens": tokens, "logprobs": logprobs}), flush=True)
+def write_beam(model: TextModel, config: SampleConfig, prompt: Prompt, rank: int, beam: Hypothesis) -> None:
+    """Print one text that beam search found, the rank-th best of its prompt."""
+    finish = "eos" if beam.tokens[-1] == model.eos_id else "length"
+    text = model.tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
+    if config.json:
+        write_json(prompt, text, finish, beam.tokens, beam.logprobs, score=beam.score)
+        return
+    if config.num_samples > 1 or config.prompts:
+        counts = f"log-probability {beam.logprob:.4f}, {len(beam.tokens)} tokens"
+        show(f"{header(config, prompt, rank)}: score {beam.score:.4f}, {counts}")
+    show(prompt.shown + text)
 
 
-def write_score(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Print how likely a file's text is: in nats, and in bits per byte, which compares across tokenizers."""
-    text = read_text(config.score, "text")
-    tokens = prompt_tokens(tokenizer, text)
-    given = 0 if tokenizer.eot_id is not None else len(tokenizer.bytes_of(tokens[0]))  # the first token is given
+def header(config: SampleConfig, prompt: Prompt, number: int) -> str:
+    """The line above a text: where its prompt comes from, and its number among that prompt's texts."""
+    place = prompt.question.place
+    if not place:
+        return f"--- {number}"
+    return f"--- {place}, text {number}" if config.num_samples > 1 else f"--- {place}"
+
+
+def write_json(prompt: Prompt, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
+    """Print the prompt's fields and the answer's as one line.
+
+    finish: eos (the model ended the text), stop (a stop string came) or length (max_new_tokens were made).
+    """
+    answer = {"text": text, "finish": finish, **more, "logprob": sum(logprobs), "tokens": tokens, "logprobs": logprobs}
+    print(json.dumps(prompt.question.fields | answer), flush=True)
+
+
+def write_score(model: TextModel, config: SampleConfig, text: str) -> None:
+    """Print how likely a text is: in nats, as perplexity per token, and in bits per byte, which compares tokenizers."""
+    tokens = prompt_tokens(model.tokenizer, text)
+    given = 0 if model.tokenizer.eot_id is not None else len(model.tokenizer.bytes_of(tokens[0]))  # the first is given
     counted = len(text.encode()) - given
     if len(tokens) < 2 or counted < 1:
         raise ValueError(f"{config.score} holds too little text to score")
 
     def measure() -> dict:
-        logprob = log_likelihood(model, tokens, tokenizer.vocab_size, progress=True).double().sum().item()
-        counts = {"tokens": len(tokens) - 1, "bytes": counted, "log_likelihood": logprob}
-        return counts | {"bits_per_byte": -logprob / math.log(2) / counted}
+        logprob = log_likelihood(model.gpt, tokens, model.tokenizer.vocab_size, progress=True).double().sum().item()
+        n = len(tokens) - 1
+        return {"tokens": n, "bytes": counted, "log_likelihood": logprob, "perplexity": perplexity(-logprob / n),
+                "bits_per_byte": -logprob / math.log(2) / counted}  # fmt: skip
 
     if config.quantize == "int8":
-        check_int8(model)
-    plain = measure()
+        check_int8(model.gpt)
+    found = measure()
     if config.quantize != "none":
-        speed_up(model, quantize=config.quantize)
-        plain |= {f"{config.quantize}_bits_per_byte": measure()["bits_per_byte"]}
+        speed_up(model.gpt, quantize=config.quantize)
+        quantized = measure()
+        found |= {f"{config.quantize}_{name}": quantized[name] for name in ("perplexity", "bits_per_byte")}
     if config.json:
-        print(json.dumps(plain))
+        print(json.dumps(found))
         return
-    print(f"{config.score}: {plain['tokens']:,} tokens, {counted:,} bytes")
-    per_token = -plain["log_likelihood"] / plain["tokens"]
-    print(f"log-likelihood {plain['log_likelihood']:,.2f} nats ({per_token:.4f} lost per token)")
-    print(f"bits per byte {plain['bits_per_byte']:.4f}")
+    print(f"{config.score}: {found['tokens']:,} tokens, {counted:,} bytes")
+    per_token = -found["log_likelihood"] / found["tokens"]
+    print(f"log-likelihood {found['log_likelihood']:,.2f} nats, {per_token:.4f} nats lost per token")
+    print(f"perplexity {found['perplexity']:,.4f} per token")
+    print(f"bits per byte {found['bits_per_byte']:.4f}")
     if config.quantize != "none":
-        quantized = plain[f"{config.quantize}_bits_per_byte"]
-        print(f"{config.quantize}: {quantized:.4f} ({quantized - plain['bits_per_byte']:+.4f})")
+        change = quantized["bits_per_byte"] - found["bits_per_byte"]
+        print(f"{config.quantize}: bits per byte {quantized['bits_per_byte']:.4f} ({change:+.4f})")
 
 
-class Conversation:
-    """What was said so far: messages, or for a base model, which knows no roles, one text that it goes on with."""
-
-    def __init__(self, tokenizer: Tokenizer, template: Template | None, block_size: int):
-        self.tokenizer, self.template, self.block_size = tokenizer, template, block_size
-        self.reset()
-
-    def reset(self) -> None:
-        self.text, self.messages = "", []
-
-    def prompt(self, line: str) -> Prompt:
-        """What the model is to read for this line; ValueError for a character that its tokenizer does not know."""
-        if self.template is None:
-            return make_prompt(self.tokenizer, None, self.text + (line or "\n"))
-        messages = [*self.messages, {"role": "user", "content": line}]
-        while True:
-            tokens, _ = self.template.render(messages, reply=True)
-            if len(messages) < 3 or len(tokens) <= self.block_size * 3 // 4:
-                return Prompt(line, tokens, self.template.end_id, "")
-            messages = messages[2:]  # a question and its answer, the oldest ones, rather than half a message
-
-    def add(self, line: str, answer: str) -> None:
-        """Remember a line and the answer to it."""
-        self.text += (line or "\n") + answer
-        for name in self.tokenizer.special_tokens:  # they are no text, should the model make one
-            answer = answer.replace(name, "")
-        if answer.strip():  # or it was stopped before it began
-            roles = ("user", "assistant")
-            self.messages += [{"role": r, "content": c} for r, c in zip(roles, (line, answer), strict=True)]
-
-    def save(self, path: str) -> None:
-        """Write it to a file that is not there yet: a line as for data/chat/prepare.py, or the text."""
-        try:
-            if not path or Path(path).exists():
-                raise ValueError("it is there already" if path else "give the name of a file")
-            write_whole(path, json.dumps({"messages": self.messages}) if self.template else self.text)
-            note(f"saved to {path}")
-        except (OSError, ValueError) as error:
-            note(f"/save FILE: cannot write {path!r}: {getattr(error, 'strerror', None) or error}")
-
-
-def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig, template: Template | None) -> None:
-    """Talk in the terminal."""
-    base = "a base model: it goes on with the text that you type; Enter alone adds a line end. "
-    note(("" if template else base) + CHAT_HELP)
-    said = Conversation(tokenizer, template, model.config.block_size)
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            note("\n/quit or Ctrl-D leaves")
-            continue
-        command, _, argument = line.partition(" ")
-        if command == "/quit":
-            return
-        elif command == "/reset":
-            said.reset()
-        elif command == "/save":
-            said.save(argument.strip())
-        elif command.startswith("/"):
-            note(f"there is no {command}: {CHAT_HELP}")
-        elif line.strip() or template is None:
-            try:
-                said.add(line, answer(model, tokenizer, config, said.prompt(line)))
-            except ValueError as error:  # a character that the model has never seen
-                note(f"error: {error}")
-
-
-def answer(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Prompt) -> str:
-    """Print one answer as it comes, and return it; Ctrl-C ends it where it is."""
-    text = Text(tokenizer, config.stops())
-
-    def ends(_: int, token: int) -> bool:
-        print(text.add(token), end="", flush=True)
-        return text.stopped
-
-    try:
-        for _ in stream(model, [prompt.tokens], config.max_new_tokens, **config.drawing(), eos_id=prompt.eos_id,
-                        vocab_size=tokenizer.vocab_size, ends=ends):  # fmt: skip
-            pass
-    except KeyboardInterrupt:
-        pass  # what was said so far is the answer
-    print(text.end())
-    return text.text
+def perplexity(nats: float) -> float:
+    """exp of the mean loss per token; infinite where it is too large to be written."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(USAGE, SampleConfig))
         return
-    (config,) = build(read_arguments(sys.argv[1:]), SampleConfig)
-    device = pick_device(config.device)
-    text = read_prompt(config.prompt)
-    run = Run.open(config.out_dir)
-    model, tokenizer = run.load_model(config.checkpoint).to(device), run.tokenizer
-    for p in model.parameters():  # not the tables of positions: training has them in float32 too
-        p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
+    config = read_options(sys.argv[1:])
+    given = read_input(config)
+    model = open_model(config)
     if config.score:
-        return write_score(model, tokenizer, config)
-    rows = 1 if config.chat else max(config.num_samples, config.num_beams)
-    model = speed_up(model, rows, config.quantize)
-    template = Template(tokenizer) if run.fine_tuned else None
-    if config.chat:
-        return chat(model, tokenizer, config, template)
-    prompt = make_prompt(tokenizer, template, text)
-    if len(prompt.tokens) > model.config.block_size:
-        note(f"note: the prompt has {len(prompt.tokens)} tokens, and the model sees {model.config.block_size} at most: "
-             "the beginning is not seen")  # fmt: skip
-    write = write_beams if config.num_beams > 1 else write_samples
-    write(model, tokenizer, config, prompt)
+        write_score(model, config, given.text)
+    elif config.chat:
+        chat(model, given.system, config.stops(), config.max_new_tokens, **config.drawing())
+    else:
+        prompts = prompts_for(model, config, given)
+        write = write_beams if config.num_beams > 1 else write_samples
+        write(model, config, prompts)
 
 
 if __name__ == "__main__":

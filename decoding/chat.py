@@ -1,0 +1,191 @@
+"""A conversation in the terminal: what was said, the commands, and what of it the model still sees."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from common.files import write_whole
+from decoding.prompt import Prompt, Question, TextModel, make_prompt, typed_text
+from decoding.stream import stream
+from decoding.text import Text, note, show
+
+COMMANDS = """\
+/system TEXT   set the system message, which stands before the conversation; /system alone removes it
+/reset         forget the conversation; the system message stays
+/save FILE     write the conversation to a new file: a name in .json gets a list, any other one line of JSON
+/help          show this
+/quit          leave, as Ctrl-D does
+//TEXT         say /TEXT: a message that begins with a slash
+Ctrl-C         stop an answer"""
+BASE_COMMANDS = """\
+/reset         forget the text
+/save FILE     write the text to a new file: a name in .json or .jsonl gets JSON, any other the text itself
+/help          show this
+/quit          leave, as Ctrl-D does
+//TEXT         type /TEXT: text that begins with a slash
+Ctrl-C         stop the model"""
+
+
+class Conversation:
+    """What was said so far: messages, or for a base model, which knows no roles, one text that it goes on with.
+
+    Both are kept whole, to be saved; `prompt` takes of them what fits into the model's context.
+    """
+
+    def __init__(self, model: TextModel, system: str = ""):
+        self.model, self.system = model, system
+        if system and model.template is None:
+            raise ValueError("this is a base model, which knows no system message: leave --system out")
+        self.reset()
+
+    def reset(self) -> None:
+        self.text, self.messages = "", []
+        self.forgotten = 0  # messages that the model no longer sees
+
+    def prompt(self, line: str) -> Prompt:
+        """What the model is to read for this line. Raises ValueError for a character that its tokenizer lacks.
+
+        Turns are forgotten a question and its answer at a time, the oldest first, to leave the answer a quarter of
+        the context. What is forgotten, or does not fit even so, is told.
+        """
+        limit = self.model.block_size
+        if self.model.template is None:
+            prompt = make_prompt(self.model, Question({"prompt": self.text + (line or "\n")}))
+            if len(prompt.tokens) > limit and not self.forgotten:
+                self.forgotten = 1
+                note(f"note: the text has {len(prompt.tokens)} tokens, and the model sees {limit} at most: from now on "
+                     "it does not see the beginning")  # fmt: skip
+            return prompt
+        said = [*self.messages, {"role": "user", "content": line}]
+        forgotten = self.forgotten
+        while True:
+            prompt = make_prompt(self.model, Question({"messages": said[forgotten:]}), self.system)
+            if len(prompt.tokens) <= limit * 3 // 4 or forgotten == len(said) - 1:
+                break
+            forgotten += 2
+        if forgotten > self.forgotten:
+            self.forgotten = forgotten
+            turns = "turn is" if forgotten == 2 else f"{forgotten // 2} turns are"
+            note(f"note: the model sees {limit} tokens at most: the first {turns} forgotten (/save still has them)")
+        if len(prompt.tokens) > limit:
+            note(f"note: this message does not fit: the model reads {len(prompt.tokens)} tokens for it, and sees "
+                 f"{limit} at most: the beginning is not seen")  # fmt: skip
+        return prompt
+
+    def add(self, line: str, answer: str) -> None:
+        """Remember a line and the answer to it; a question that got no answer is not kept, which is told."""
+        if self.model.template is None:
+            self.text += (line or "\n") + answer
+            return
+        for name in self.model.tokenizer.special_tokens:  # they are no text, should the model make one
+            answer = answer.replace(name, "")
+        if answer.strip():
+            self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+        else:
+            note("note: there was no answer, so this message is not remembered")
+
+    def save(self, path: str) -> None:
+        """Write it to a file that is not there yet, as data/chat/prepare.py (for a base model data/text) reads it."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        row = {"messages": [*system, *self.messages]} if self.model.template else {"text": self.text}
+        try:
+            if not path:
+                raise ValueError("give the name of a file")
+            if not (self.messages or self.text):
+                raise ValueError("nothing was said yet")
+            path = Path(path).expanduser()
+            if path.exists():
+                raise ValueError("it is there already")
+            as_text = self.model.template is None and path.suffix.lower() not in (".json", ".jsonl")
+            written = [row] if path.suffix.lower() == ".json" else row
+            write_whole(path, self.text if as_text else json.dumps(written, ensure_ascii=False))
+            note(f"saved to {path}")
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder for ~
+            note(f"/save FILE: cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}")
+
+    def set_system(self, text: str) -> None:
+        """Set the system message from the next answer on; an empty one is none."""
+        if self.model.template is None:
+            note("this is a base model, which knows no system message: go on with its text instead")
+            return
+        self.system = text
+        note("the system message is set" if text else "there is no system message now")
+
+
+def chat(model: TextModel, system: str, stops: list[str], max_new_tokens: int, **drawing) -> None:
+    """Talk in the terminal until /quit or the end of the input. drawing: the options of `stream`."""
+    if sys.stdin.isatty() and importlib.util.find_spec("readline"):  # Windows has none
+        import readline  # noqa: F401  from here on, input() knows the arrow keys and what was typed before
+    said = Conversation(model, system)
+    if model.template is None:
+        note("A base model: it goes on with the text that you type; Enter alone adds a line break.")
+    note("/help lists the commands, /quit leaves, Ctrl-C stops an answer.")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            if sys.stdin.isatty():
+                print()  # Ctrl-D leaves the cursor behind the "> "
+            return
+        except KeyboardInterrupt:
+            note("\n/quit or Ctrl-D leaves")
+            continue
+        if line.startswith("/") and not line.startswith("//"):
+            if obey(said, line):
+                return
+            continue
+        line = line[1:] if line.startswith("//") else line
+        if not line.strip() and model.template is not None:
+            continue
+        try:
+            line = typed_text(line, "this line")
+            said.add(line, answer(model, said.prompt(line), stops, max_new_tokens, **drawing))
+        except ValueError as error:  # a character that the model has never seen
+            note(f"error: {error}")
+        except KeyboardInterrupt:
+            note("\nnote: stopped before the answer began, so this message is not remembered")
+
+
+def obey(said: Conversation, line: str) -> bool:
+    """Do what a line that begins with a slash asks for; True if that is to leave."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    alone = command in ("/quit", "/reset", "/help")
+    if alone and argument:
+        note(f"{command} stands alone; to say the line itself, begin it with //")
+    elif command == "/quit":
+        return True
+    elif command == "/reset":
+        said.reset()
+        note("the text is forgotten" if said.model.template is None else "the conversation is forgotten")
+    elif command == "/help":
+        note(BASE_COMMANDS if said.model.template is None else COMMANDS)
+    elif command == "/save":
+        said.save(argument)
+    elif command == "/system":
+        said.set_system(argument)
+    else:
+        note(f"there is no command {command}: /help lists them; to say the line itself, begin it with //")
+    return False
+
+
+def answer(model: TextModel, prompt: Prompt, stops: list[str], max_new_tokens: int, **drawing) -> str:
+    """Print one answer as it comes, and return it; Ctrl-C ends it where it is."""
+    text, length = Text(model.tokenizer, stops), len(prompt.tokens)
+
+    def ends(_: int, token: int) -> bool:
+        show(text.add(token), end="")
+        return text.stopped
+
+    try:
+        for _ in stream(model.gpt, [prompt.tokens], max_new_tokens, **drawing, eos_id=model.eos_id,
+                        vocab_size=model.tokenizer.vocab_size, ends=ends):  # fmt: skip
+            length += 1
+    except KeyboardInterrupt:
+        pass  # what was said so far is the answer
+    show(text.end())
+    if model.template is not None and len(prompt.tokens) <= model.block_size < length - 1:
+        note(f"note: message and answer have {length} tokens together, and the model sees {model.block_size} at most: "
+             "the answer's end was written without the beginning in sight")  # fmt: skip
+    return text.text
