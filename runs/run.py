@@ -121,11 +121,11 @@ class Run:
 
         A run in training deletes checkpoints: one that goes while it is being read is looked for once more.
         """
-        checkpoint = self.checkpoint(which)
+        before = self.checkpoints()
         try:
-            model = self._load(checkpoint)
+            model = self._load(self.checkpoint(which))
         except (ValueError, OSError):
-            if checkpoint.exists():
+            if self.checkpoints() == before:
                 raise
             model = self._load(self.checkpoint(which))
         if self.tokenizer.vocab_size > model.config.vocab_size:
