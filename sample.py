@@ -123,7 +123,7 @@ class SampleConfig:
             raise ValueError("--batch_size has no effect without --prompts: leave it out")
         if self.prompts and self.prompt:
             raise ValueError("--prompt and --prompts were both given: leave one of them out")
-        greedy = way == DRAW and self.temperature == 0
+        greedy = way in (DRAW, CHAT) and self.temperature == 0
         if greedy and self.num_samples > 1:
             raise ValueError(f"temperature=0 always takes the most likely token, so num_samples={self.num_samples} "
                              "texts would all be the same: raise it, or use --num_beams")  # fmt: skip
@@ -162,6 +162,9 @@ def open_model(config: SampleConfig) -> TextModel:
     """The run's model on its device, in its precision, laid out for decoding."""
     device = pick_device(config.device)
     run = Run.open(config.out_dir)
+    if not run.model_config.causal:
+        raise ValueError(f"{config.out_dir}: this model (causal=False) sees the tokens that it would have to predict: "
+                         "it can neither continue a text nor score one")  # fmt: skip
     gpt, tokenizer = run.load_model(config.checkpoint).to(device), run.tokenizer
     for p in gpt.parameters():  # not the tables of positions: training has them in float32 too
         p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
@@ -187,13 +190,12 @@ class Given:
 
 def read_input(config: SampleConfig) -> Given:
     """Read all files that the options name, before the model is loaded, so that a wrong name is told at once."""
-    questions = (
-        read_questions(config.prompts)
-        if config.prompts
-        else [Question({"prompt": text_or_file(config.prompt, "the prompt")})]
-    )
-    system = text_or_file(config.system, "the system message")
-    return Given(questions, without_last_line_break(system), read_text(config.score, "text") if config.score else "")
+    if config.prompts:
+        questions = read_questions(config.prompts)
+    else:
+        questions = [Question({"prompt": text_or_file(config.prompt, "the prompt")})]
+    system = without_last_line_break(text_or_file(config.system, "the system message"))
+    return Given(questions, system, text=read_text(config.score, "text") if config.score else "")
 
 
 def without_last_line_break(text: str) -> str:
@@ -212,7 +214,7 @@ def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Pr
         place = f"{long[0].question.place}: " if config.prompts else ""
         more = f" (and {len(long) - 1:,} more)" if len(long) > 1 else ""
         size = f"the prompt has {len(long[0].tokens)} tokens, and the model sees {model.block_size} at most"
-        note(f"note: {place}{size}: the beginning is not seen{more}")  # fmt: skip
+        note(f"note: {place}{size}: the beginning is not seen{more}")
     return prompts
 
 

@@ -1,4 +1,7 @@
-"""What several test files share: the options to try, inputs from a seed, and a strict comparison."""
+"""What several test files share: options to try, inputs from a seed, a strict comparison, what a command printed."""
+
+import json
+import subprocess
 
 import torch
 
@@ -20,3 +23,15 @@ def tokens(B, T, seed=2):
 
 def assert_close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def error_of(done: subprocess.CompletedProcess) -> str:
+    """The one line that a user's mistake must end with."""
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def json_lines(done: subprocess.CompletedProcess) -> list[dict]:
+    """What a command printed, a JSON object per line."""
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]

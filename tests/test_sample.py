@@ -210,7 +210,9 @@ def test_options_that_go_together_are_taken(options, capsys):
 
 def test_greedy_search_says_which_options_cannot_change_the_text(capsys):
     assert read_options(["--temperature=0", "--top_p=0.5", "--seed=1337"]).temperature == 0
-    assert "always takes the most likely token: seed, top_p cannot change the text" in capsys.readouterr().err
+    read_options(["--chat", "--temperature=0", "--seed=1337", "--top_p=0.5"])
+    told = "note: temperature=0 always takes the most likely token: seed, top_p cannot change the text\n"
+    assert capsys.readouterr().err == 2 * told
 
 
 def test_a_config_file_of_options_counts_as_given(tmp_path):
