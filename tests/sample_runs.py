@@ -53,7 +53,7 @@ def talker(trained, tmp_path_factory):
 def wild(tmp_path_factory):
     """A base model whose every other character is one that a terminal obeys."""
     folder, rng = tmp_path_factory.mktemp("wild"), np.random.default_rng(0)
-    letters = "\x1b\n\té["
+    letters = "\x1b\n\té[/"
     documents = [("train", "".join(rng.choice(list(letters), 200))) for _ in range(20)]
     write_corpus(folder, [*documents, ("val", letters * 40)], CharTokenizer(letters, eot=False), workers=1)
     return make_run(train.main, "train.py", folder, f"--dataset={folder}", *SIZES, "--max_iters=1")
