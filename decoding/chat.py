@@ -9,6 +9,7 @@ from common.files import write_whole
 from decoding.prompt import Prompt, Question, TextModel, make_prompt, typed_text
 from decoding.stream import stream
 from decoding.text import Text, note, show
+from text.chat import Message
 
 COMMANDS = """\
 /system TEXT   set the system message, which stands before the conversation; /system alone removes it
@@ -40,7 +41,8 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.text, self.messages = "", []
+        self.text = ""
+        self.messages: list[Message] = []
         self.forgotten = 0  # messages that the model no longer sees
 
     def prompt(self, line: str) -> Prompt:
@@ -85,16 +87,16 @@ class Conversation:
         else:
             note("note: there was no answer, so this message is not remembered")
 
-    def save(self, path: str) -> None:
+    def save(self, name: str) -> None:
         """Write it to a file that is not there yet, as data/chat/prepare.py (for a base model data/text) reads it."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         row = {"messages": [*system, *self.messages]} if self.model.template else {"text": self.text}
         try:
-            if not path:
+            if not name:
                 raise ValueError("give the name of a file")
             if not (self.messages or self.text):
                 raise ValueError("nothing was said yet")
-            path = Path(path).expanduser()
+            path = Path(name).expanduser()
             if path.exists():
                 raise ValueError("it is there already")
             as_text = self.model.template is None and path.suffix.lower() not in (".json", ".jsonl")
@@ -102,7 +104,7 @@ class Conversation:
             write_whole(path, self.text if as_text else json.dumps(written, ensure_ascii=False))
             note(f"saved to {path}")
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder for ~
-            note(f"/save FILE: cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}")
+            note(f"/save FILE: cannot write {name!r}: {getattr(error, 'strerror', None) or error}")
 
     def set_system(self, text: str) -> None:
         """Set the system message from the next answer on; an empty one is none."""

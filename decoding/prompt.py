@@ -8,6 +8,7 @@ may also have a "system", and any other fields, such as an id, which its answer 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from decoding.stream import prompt_tokens
 from model import GPT
@@ -41,7 +42,7 @@ class TextModel:
 class Question:
     """A prompt as the user gave it."""
 
-    fields: dict[str, object]  # "prompt" or "messages", perhaps "system", and whatever else its line holds
+    fields: dict[str, Any]  # "prompt" or "messages", perhaps "system", and whatever else its line holds
     place: str = ""  # the file and the line that it comes from
 
 
@@ -121,7 +122,7 @@ def parse_json(text: str, place: str) -> object:
         raise ValueError(f"{place}: not valid JSON (a number is too long, or it is nested too deeply)") from None
 
 
-def check_fields(row: object, place: str) -> dict[str, object]:
+def check_fields(row: object, place: str) -> dict[str, Any]:
     """The object of a line. Raises ValueError for what is no prompt."""
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f'{place}: an object with either "prompt" or "messages" is needed')
