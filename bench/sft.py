@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 from model import GPT, IGNORE, GPTConfig  # noqa: E402
 from runs.run import Run, model_to_fine_tune  # noqa: E402
 from tasks.packing import Rows, make_examples  # noqa: E402
-from text.chat import Template, read_conversations  # noqa: E402
+from text.chat import Template  # noqa: E402
+from text.conversations import read_conversations  # noqa: E402
 from training.lora import TARGETS, LoraConfig, add_lora  # noqa: E402
 
 ROWS = 16  # packed rows per step

@@ -9,7 +9,8 @@ from decoding.stream import generate
 from model import GPT
 from tasks.packing import Examples, Rows, make_examples
 from tasks.task import Task, dataset_folder
-from text.chat import Message, Template, read_conversations
+from text.chat import Message, Template
+from text.conversations import open_conversations
 from training.config import TrainConfig
 from training.lora import TARGETS
 
@@ -110,11 +111,9 @@ def load_conversations(dataset: str, template: Template, block_size: int) -> Con
         script = folder / "prepare.py"
         how = f"run python {script}" if script.is_file() else "python data/chat/prepare.py --input FILE --output DIR"
         raise ValueError(f"no prepared conversations in {str(folder)!r}: {how}")
-    conversations = {split: list(read_conversations(folder / f"{split}.jsonl")) for split in ("train", "val")}
+    conversations = open_conversations(folder)
     splits = {split: make_examples(found, template, block_size) for split, found in conversations.items()}
     for split, found in splits.items():
-        if not conversations[split]:
-            raise ValueError(f"{folder / split}.jsonl holds no conversation")
         if not found.examples:
             raise ValueError(f"{folder / split}.jsonl: no answer fits into block_size={block_size}")
     return Conversations(splits["train"], splits["val"], conversations["val"], template)

@@ -20,7 +20,8 @@ from runs.run import Run, grow, model_to_fine_tune
 from tasks.packing import Rows, make_examples
 from tests.helpers import assert_close
 from tests.test_train import final_files, log, losses
-from text.chat import Template, read_conversations
+from text.chat import Template
+from text.conversations import read_conversations
 from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent

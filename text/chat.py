@@ -1,26 +1,37 @@
-"""Conversations: their template of special tokens, the mask of what the model is to say, and their files.
+"""The chat template: a conversation as tokens, and the mask of the tokens that the model learns to say.
 
     <|endoftext|> <|user|> What is 1 + 1? <|end|> <|assistant|> 2. <|end|>
-                                                                ^^ ^^^^^^^   the mask: what the assistant says
+                                                                ^^ ^^^^^^^   mask = 1
 
-The mask is 1 on the assistant's words and on the <|end|> that stops generation, 0 on everything else. Only `Template`
-makes special tokens: one that is spelled out in a message stays text, so that no message can speak for another role.
-A file holds a conversation per line, {"messages": [{"role": "user", "content": "..."}, ...]}, or the Alpaca form
-{"instruction", "input", "output"}; a .json file holds a list of the same.
+The mask is 1 on the assistant's words and on the <|end|> that stops generation, and 0 elsewhere. An assistant message
+with "weight": 0 is read but not learned: its mask is 0 throughout. Only `Template` makes special tokens: one that is
+spelled out in a message is encoded as ordinary text, so that no message can speak for another role.
 """
 
-import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Literal, NotRequired, TypedDict, get_args
 
 from text.tokenizer import ExtendedTokenizer, Tokenizer
 
-END = "<|end|>"
-ROLES = ("system", "user", "assistant")
-TOKENS = tuple(f"<|{role}|>" for role in ROLES) + (END,)
+Role = Literal["system", "user", "assistant"]
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+END = "<|end|>"
+ROLES: tuple[Role, ...] = get_args(Role)
+TOKENS = tuple(f"<|{role}|>" for role in ROLES) + (END,)
+EMPTY_ANSWER = "an empty answer"  # the reason of a BadConversation
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+    weight: NotRequired[Literal[0, 1]]  # 0: an assistant message that is not to be learned; left out, it is 1
+
+
+class BadConversation(ValueError):
+    """A conversation that cannot be trained on. `reason` names the kind of fault, under which it is counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Template:
@@ -33,17 +44,19 @@ class Template:
         self.end_id = self.ids[END]
 
     def render(self, messages: list[Message], reply: bool = False) -> tuple[list[int], list[int]]:
-        """(tokens, mask), equally long; with `reply`, up to where the assistant is to begin.
+        """The conversation's tokens and their mask, two lists of equal length.
 
-        ValueError for what is no conversation (see `check`), or for text that the tokenizer does not know.
+        With `reply`, the messages are a prompt: the tokens end with <|assistant|>, where the model goes on.
+        Raises BadConversation for messages that `check` refuses, ValueError for text the tokenizer cannot encode.
         """
         check(messages, reply)
         eot = self.tokenizer.eot_id
         tokens, mask = ([], []) if eot is None else ([eot], [0])
         for message in messages:
             words = [*self.tokenizer.encode(message["content"]), self.end_id]
+            learned = message["role"] == "assistant" and message.get("weight", 1) == 1
             tokens += [self.ids[f"<|{message['role']}|>"], *words]
-            mask += [0, *[int(message["role"] == "assistant")] * len(words)]
+            mask += [0] + [int(learned)] * len(words)
         if reply:
             tokens.append(self.ids["<|assistant|>"])
             mask.append(0)
@@ -51,95 +64,57 @@ class Template:
 
 
 def check(messages: object, reply: bool = False) -> None:
-    """ValueError unless messages alternate: perhaps a system's, then user, assistant, …, ending with the assistant's.
+    """Raise BadConversation unless the messages are a conversation to learn from.
 
-    With `reply` they must end with the user's.
+    An optional system message comes first; then user and assistant take turns, and the assistant's message is the last.
+    At least one assistant message must have weight 1. With `reply`, the messages are a prompt and end with the user's.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError('"messages" must be a list of at least one message')
-    for i, message in enumerate(messages):
-        match message:
-            case {"role": str(role), "content": str(content)} if role in ROLES:
-                try:
-                    content.encode()
-                except UnicodeEncodeError:
-                    raise ValueError(f"message {i} holds half a surrogate pair, which is no character") from None
-            case {"role": role, "content": str()}:
-                raise ValueError(f"message {i} has the role {str(role)[:40]!r}: it must be one of {', '.join(ROLES)}")
-            case _:
-                raise ValueError(f'message {i} must be an object with "role" and "content", both strings')
-        if role == "assistant" and not content.strip():
-            raise ValueError(f"message {i}, the assistant's, is empty: there is nothing to learn from it")
-    turns = [message["role"] for message in messages]
-    turns = turns[turns[0] == "system" :]
-    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
-    if turns != expected:
-        wrong = next(i for i, pair in enumerate(zip(turns, expected, strict=True)) if pair[0] != pair[1])
-        raise ValueError(f"{turns[wrong]} speaks where it is {expected[wrong]}'s turn: after a system message, if any, "
-                         "user and assistant take turns, and user begins")  # fmt: skip
-    if not reply and "assistant" not in turns:
-        raise ValueError("there is no assistant message to learn from")
-    if turns[-1:] != ["user" if reply else "assistant"]:
-        raise ValueError(f"the last message must be the {'user' if reply else 'assistant'}'s")
+        raise BadConversation("no messages", "the messages must be a list of at least one message")
+    for number, message in enumerate(messages, 1):
+        _check_message(message, f"message {number}")
+    _check_turns([message["role"] for message in messages], reply)
+    if not reply and all(message.get("weight", 1) == 0 for message in messages if message["role"] == "assistant"):
+        raise BadConversation("weight 0 on every answer", "every answer has weight 0: there is nothing to learn from")
 
 
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def messages_of(row: object) -> list[Message]:
-    """The messages of one line: of the form with "messages", or of Alpaca's. ValueError for anything else."""
-    match row:
-        case {"messages": messages}:
-            check(messages)
-            return [{"role": message["role"], "content": message["content"]} for message in messages]
-        case {"instruction": str(instruction), "output": str(output)}:
-            more = row.get("input") or ""
-            if not isinstance(more, str):
-                raise ValueError('"input" must be a string')
-            question = f"{instruction}\n\n{more}" if more.strip() else instruction
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-            check(messages)
-            return messages
-    found = f"the fields {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else f"a {type(row).__name__}"
-    raise ValueError(f'an object with "messages", or with "instruction" and "output", is needed, not {found}')
-
-
-def read_conversations(path: str | Path, skip_empty: bool = False) -> Iterator[list[Message]]:
-    """The conversations of a .jsonl file (one per line) or of a .json file (a list).
-
-    ValueError with the file and the line (.json: the item) that is not one; skip_empty passes over those of the Alpaca
-    form whose output is empty, and says how many on stderr.
-    """
-    path = Path(path)
-    listed = path.suffix.lower() == ".json"
+def _check_message(message: object, where: str) -> None:
+    match message:
+        case {"role": str(role), "content": str(content)}:
+            pass
+        case _:
+            raise BadConversation("a wrong type", f'{where} must be an object with "role" and "content", both strings')
+    if role not in ROLES:
+        raise BadConversation(
+            "an unknown role", f"{where} has the role {role[:40]!r}, which is none of {', '.join(ROLES)}"
+        )
     try:
-        if listed:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list):
-                raise ValueError(f"{path}: a .json file must hold a list of conversations; one per line is .jsonl")
-            places = ((f"item {i}", row) for i, row in enumerate(rows, 1))
+        content.encode()
+    except UnicodeEncodeError as error:
+        found = f"{content[error.start]!r}, which is no character: half a surrogate pair, or input that is not UTF-8"
+        raise BadConversation("text with half a surrogate pair", f"{where} holds {found}") from None
+    if message.get("weight", 1) not in (0, 1):
+        raise BadConversation(
+            "a weight other than 0 and 1", f'{where} has the "weight" {message["weight"]!r}: it must be 0 or 1'
+        )
+    if role == "assistant" and not content.strip():
+        raise BadConversation(EMPTY_ANSWER, f"{where}, the assistant's, is empty: there is nothing to learn from it")
+
+
+def _check_turns(roles: list[Role], reply: bool) -> None:
+    first = int(roles[0] == "system")
+    for i in range(first, len(roles)):
+        due = ("user", "assistant")[(i - first) % 2]
+        if roles[i] == due:
+            continue
+        if roles[i] == "system":
+            reason = "a system message that is not the first"
         else:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            places = ((f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    skipped = 0
-    for place, row in places:
-        try:
-            row = row if listed else json.loads(row)
-            if skip_empty and isinstance(row, dict) and row.get("output") in ("", None) and "instruction" in row:
-                skipped += 1
-                continue
-            yield messages_of(row)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, {place}: not valid JSON ({error.msg}, column {error.colno})") from None
-        except RecursionError:
-            raise ValueError(f"{path}, {place}: not valid JSON (nested too deeply)") from None
-        except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
-    if skipped:
-        print(f"{path}: {skipped:,} without an answer left out", file=sys.stderr)
+            reason = "repeated roles" if i > first else "an opening assistant turn"
+        rule = "after an optional system message, user and assistant take turns, and the user begins"
+        raise BadConversation(reason, f"message {i + 1} is the {roles[i]}'s where the {due}'s is due: {rule}")
+    if not reply and "assistant" not in roles:
+        raise BadConversation("no answer", "there is no assistant message to learn from")
+    last = "user" if reply else "assistant"
+    if roles[-1] != last:
+        raise BadConversation(f"a closing {roles[-1]} turn", f"the last message must be the {last}'s")

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import os
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpe
-from common.files import write_whole
-from text.chat import Message
 from text.corpus import SPLITS, Document, parts_of, pieces, write_corpus
-from text.documents import hub_documents, read_documents, split_of
+from text.documents import hub_documents, read_documents
 from text.tokenizer import BPETokenizer, tokenizer_from_name
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -112,53 +109,6 @@ def report(folder: str | Path, meta: dict) -> None:
     for split in SPLITS:
         tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
         print(f"  {split:5} {documents:>13,} documents {size:>16,} bytes of text {tokens:>16,} tokens")
-
-
-# --- conversations -----------------------------------------------------------------------------------------------
-
-
-def conversation_parser(description: str, *, output: Path | None, val_fraction: float) -> argparse.ArgumentParser:
-    """A parser with the options that all commands for conversations have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "; default: %(default)s" if output else ""
-    text = f"folder to write train.jsonl and val.jsonl to{default}"
-    parser.add_argument("--output", default=output, required=output is None, metavar="DIR", help=text)
-    text = "share kept for validation; default: %(default)s"
-    parser.add_argument("--val_fraction", default=val_fraction, type=float, metavar="F", help=text)
-    return parser
-
-
-def by_question(conversations: Iterable[list[Message]], val_fraction: float) -> Iterator[tuple[str, list[Message]]]:
-    """(split, messages): a hash of the first user message decides, so that no question is in both splits."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.05")
-    for messages in conversations:
-        question = next(message["content"] for message in messages if message["role"] == "user")
-        yield split_of(question, val_fraction), messages
-
-
-def write_conversations(folder: str | Path, conversations: Iterable[tuple[str, list[Message]]]) -> None:
-    """Write each split's different conversations as JSON lines, and report them. ValueError for an empty split.
-
-    An old data set in `folder` stays until the new one is complete.
-    """
-    folder, lines = Path(folder), {split: {} for split in SPLITS}
-    if folder.is_file() or (folder / "config.json").exists():
-        raise ValueError(f"--output={folder} is a {'file' if folder.is_file() else 'run'}: name a folder of its own")
-    repeated = 0
-    for split, messages in conversations:
-        line = json.dumps({"messages": messages}, ensure_ascii=False)
-        repeated += line in lines[split]
-        lines[split][line] = sum(len(message["content"].encode()) for message in messages)
-    for split in SPLITS:
-        if not lines[split]:
-            raise ValueError(f"the {split} split is empty: give more conversations, or another --val_fraction")
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in reversed(SPLITS):  # train.jsonl comes last: it is what tells that both are there
-        write_whole(folder / f"{split}.jsonl", "\n".join(lines[split]))
-    print(f"{os.path.relpath(folder)}:" + (f" {repeated:,} repeated conversations left out" if repeated else ""))
-    for split in SPLITS:
-        print(f"  {split:5} {len(lines[split]):>9,} conversations {sum(lines[split].values()):>13,} bytes of text")
 
 
 def download(url: str) -> bytes:

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
 from data.pydocs.docstrings import ASCII, PLAIN, docstrings
 from text.chat import Message
+from text.conversations import conversation_parser, write_conversations
 from text.documents import split_of
-from text.prepare import conversation_parser, write_conversations
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 200  # characters of an answer: a small model's context has room for question and answer

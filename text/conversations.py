@@ -1,0 +1,438 @@
+"""Conversation files: reading the forms that people have, splitting, writing, and opening a prepared folder.
+
+A prepared folder holds train.jsonl and val.jsonl, a conversation per line, {"messages": [{"role", "content"}, ...]},
+and meta.json with the number of conversations and the SHA-256 of each. All three are written under temporary names,
+synced and only then renamed, so that what opens is the old data set or the new one: `open_conversations` refuses
+a mixture, whose checksums differ. `read_conversations` reads the public forms of text/conversation_forms.py.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from os.path import expanduser
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from text.chat import EMPTY_ANSWER, BadConversation, Message
+from text.conversation_forms import messages_of
+from text.corpus import META, SPLITS
+from text.documents import split_of
+
+FORMAT = {"format": "plaingpt-conversations", "version": 1}
+UNREADABLE = (".csv", ".tsv", ".xlsx", ".arrow", ".zst", ".zip", ".bz2", ".xz", ".7z", ".tar")
+LOCK_SECONDS = 60  # another prepare.py writes its files in far less
+
+Conversation = tuple[str, list[Message]]  # its split and its messages
+
+
+@dataclass
+class LeftOut:
+    """What reading left out: conversations by reason, each with the place of the first one, and fields by name."""
+
+    conversations: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    fields: Counter[str] = field(default_factory=Counter)  # in how many conversations
+
+    def summary(self) -> str:
+        """A line for conversations and a line for fields, as far as there are any."""
+        lines = []
+        if self.conversations:
+            counts = [f"{why} ({n:,}, first in {self.first[why]})" for why, n in self.conversations.most_common()]
+            lines.append(f"conversations left out ({self.conversations.total():,}): {'; '.join(counts)}")
+        if self.fields:
+            counts = [f"{name} ({n:,})" for name, n in self.fields.most_common()]
+            lines.append(f"fields left out, for a conversation has no place for them: {', '.join(counts)}")
+        return "\n".join(lines)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_conversations(
+    path: str | Path, left_out: LeftOut | None = None, *, skip_bad: bool = False, skip_empty: bool = False
+) -> Iterator[list[Message]]:
+    """The conversations of a file of JSON lines, of a JSON list (both may be packed as .gz), or of a .parquet file.
+
+    A bad conversation raises BadConversation with its file and line (a list's item, a .parquet file's row). With
+    skip_bad it is left out and counted in `left_out`, with skip_empty only if an answer in it is empty. Fields without
+    a place in a conversation are counted there too. Raises ValueError for a file that cannot be read.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    empty = True
+    for place, row in _rows(Path(path)):
+        empty = False
+        try:
+            if isinstance(row, BadConversation):
+                raise row
+            messages = messages_of(row, left_out.fields)
+        except BadConversation as error:
+            if not skip_bad and not (skip_empty and error.reason == EMPTY_ANSWER):
+                raise BadConversation(error.reason, f"{path}, {place}: {error}") from None
+            left_out.conversations[error.reason] += 1
+            left_out.first.setdefault(error.reason, f"{path}, {place}")
+            continue
+        yield messages
+    if empty:
+        raise ValueError(f"{path} holds no conversation")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The place and the content of each row; a line that is not JSON is given as the BadConversation to raise."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the files in it")
+    if path.suffix.lower() in UNREADABLE:
+        raise ValueError(f"{path}: convert it to JSON lines, a JSON list (both may be .gz) or .parquet first")
+    try:
+        yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {error.encoding} text: {error.reason}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged, or not packed by gzip: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of JSON lines, or of one JSON document; what the file holds decides, whatever its name."""
+    with _open_binary(path) as binary:
+        encoding = "utf-16" if binary.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        # A byte that is not UTF-8 becomes a surrogate, which _parse tells: one bad line does not end the reading.
+        file = io.TextIOWrapper(binary, encoding, errors="surrogateescape", newline="\n")
+        start, line = 1, file.readline()
+        while line and not line.strip():
+            start, line = start + 1, file.readline()
+        lines, alone = chain([line], file), _parse(line)
+        if isinstance(alone, BadConversation | list):  # perhaps one document over several lines, or a list of rows
+            text = line + file.read()
+            document = _parse(text)
+            if not isinstance(document, BadConversation):
+                yield from _document_rows(document)
+                return
+            if line.lstrip().startswith("[") and not isinstance(alone, list):
+                raise ValueError(f"{path} holds a JSON list that is damaged: {document}")
+            lines = text.split("\n")
+        for number, line in enumerate(lines, start):
+            if line.strip():
+                yield f"line {number}", _parse(line)
+
+
+def _open_binary(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    if str(path) == "-":  # standard input
+        return open(0, "rb", closefd=False)
+    if path.suffix.lower() != ".gz":
+        return open(path, "rb")
+    with gzip.open(path, "rb") as file:
+        while file.read(1 << 20):  # its checksum comes last: damage is told as such, not as a bad conversation
+            pass
+    return gzip.open(path, "rb")
+
+
+def _document_rows(document: object) -> Iterator[tuple[str, object]]:
+    """The rows of a JSON document: those of a list, or one conversation alone."""
+    match document:
+        case [{"role": _} | {"from": _}, *_] | dict():
+            yield "item 1", document
+        case list():
+            for number, row in enumerate(document, 1):
+                yield f"item {number}", row
+        case _:
+            yield "line 1", document
+
+
+def _parse(text: str) -> object:
+    """The JSON value, or the BadConversation to raise."""
+    text = text.rstrip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[: error.start].split("\n")
+        where = _place(len(before), 1 + len(before[-1])) + f": byte 0x{ord(text[error.start]) & 0xFF:02x}"
+        advice = "convert the file, for example by iconv -f GB18030 -t UTF-8 OLD > NEW"
+        return BadConversation("text that is not UTF-8", f"not UTF-8 text ({where}); {advice}")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return BadConversation("broken JSON", f"not valid JSON ({error.msg}, {_place(error.lineno, error.colno)})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested lists
+        return BadConversation("broken JSON", f"not valid JSON ({error})")
+
+
+def _place(line: int, column: int) -> str:
+    """A place in JSON; where it is a single line, the line's number in the file is told already."""
+    return f"line {line}, column {column}" if line > 1 else f"column {column}"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for i in range(batch.num_rows):
+                    number += 1
+                    try:
+                        row = batch.slice(i, 1).to_pylist()[0]
+                    except UnicodeDecodeError as error:
+                        row = BadConversation("text that is not UTF-8", f"not UTF-8 text ({error.reason})")
+                    yield f"row {number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}, after row {number}: not a readable .parquet file ({error})") from None
+
+
+# --- splitting ---------------------------------------------------------------------------------------------------
+
+
+def first_question(messages: list[Message]) -> str:
+    return next(message["content"] for message in messages if message["role"] == "user")
+
+
+def by_question(conversations: Iterable[list[Message]], val_fraction: float) -> Iterator[Conversation]:
+    """Give each conversation its split: a hash of the first user message decides, so no question is in both splits.
+
+    Few conversations may all fall into one split: then one question, the same in whatever order they come, is moved to
+    the other. Raises ValueError for a val_fraction that is not between 0 and 1.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.05")
+    waiting: list[Conversation] = []  # as long as only one split has come up
+    splits: set[str] = set()
+    for messages in conversations:
+        split = split_of(first_question(messages), val_fraction)
+        splits.add(split)
+        waiting.append((split, messages))
+        if len(splits) == 2:
+            yield from waiting
+            waiting.clear()
+    questions = {first_question(messages) for _, messages in waiting}
+    if len(questions) == 1:
+        advice = "give conversations with other first questions, or validation files by --val"
+        raise ValueError(f"all conversations begin with the same question, so one split would be empty: {advice}")
+    if len(splits) == 1:
+        moved = min(questions, key=lambda question: hashlib.sha256(question.encode()).digest())
+        (other,) = set(SPLITS) - splits
+        waiting = [(other if first_question(messages) == moved else split, messages) for split, messages in waiting]
+    yield from waiting
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def conversation_parser(
+    description: str, *, output: Path | None, val_fraction: float, reads: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the options of all commands for conversations; `reads` adds those of `prepare_conversations`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "; default: %(default)s" if output else ""
+    text = f"folder to write train.jsonl and val.jsonl to{default}"
+    parser.add_argument("--output", default=output, required=output is None, type=expanduser, metavar="DIR", help=text)
+    either = parser.add_mutually_exclusive_group()
+    text = "share kept for validation; default: %(default)s"
+    either.add_argument("--val_fraction", default=val_fraction, type=float, metavar="F", help=text)
+    if reads:
+        text = "files of conversations for validation; all of --input is for training then"
+        either.add_argument("--val", nargs="+", type=expanduser, metavar="FILE", help=text)
+        text = "leave out conversations that cannot be trained on, and count them by reason"
+        parser.add_argument("--skip_bad", action="store_true", help=text)
+    return parser
+
+
+def prepare_conversations(args: argparse.Namespace, paths: Sequence[str | Path], skip_empty: bool = False) -> None:
+    """Write the data set that `args` (of `conversation_parser` with `reads`) asks for from the files in `paths`."""
+    left_out = LeftOut()
+
+    def read(paths: Sequence[str | Path]) -> Iterator[list[Message]]:
+        for path in paths:
+            try:
+                yield from read_conversations(path, left_out, skip_bad=args.skip_bad, skip_empty=skip_empty)
+            except BadConversation as error:
+                raise ValueError(f"{error} (--skip_bad leaves such conversations out and counts them)") from None
+
+    if args.val:
+        splits = {"train": paths, "val": args.val}
+        conversations = ((split, messages) for split, files in splits.items() for messages in read(files))
+    else:
+        conversations = by_question(read(paths), args.val_fraction)
+    write_conversations(args.output, conversations, left_out, sources=[*paths, *(args.val or [])])
+
+
+def write_conversations(
+    folder: str | Path,
+    conversations: Iterable[Conversation],
+    left_out: LeftOut | None = None,
+    sources: Sequence[str | Path] = (),
+) -> None:
+    """Write each split's conversations, without repeated ones, and report them with what reading left out.
+
+    The old data set in `folder` stays until the new one is complete. `sources` are the files that `conversations` come
+    from. Raises ValueError for an empty split, and for a folder that holds a run, a corpus or one of the sources.
+    """
+    folder, left_out = Path(folder), left_out or LeftOut()
+    _check_output(folder, sources)
+    lines: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # each line with its bytes of text
+    questions: dict[str, set[str]] = {split: set() for split in SPLITS}
+    repeated = 0
+    for split, messages in conversations:
+        line = json.dumps({"messages": messages}, ensure_ascii=False)
+        repeated += line in lines[split]
+        lines[split][line] = _text_bytes(messages)
+        questions[split].add(first_question(messages))
+    summary = left_out.summary()
+    for split in SPLITS:
+        if not lines[split]:
+            raise ValueError(f"no conversation is left for {split}: give more. {summary}")
+    content = {split: ("\n".join(lines[split]) + "\n").encode() for split in SPLITS}
+    described = {split: _describe(content[split], len(lines[split]), sum(lines[split].values())) for split in SPLITS}
+    meta = json.dumps(FORMAT | {"splits": described}, indent=1) + "\n"
+    # meta.json goes first: until the last rename, its checksums refuse what is there.
+    _replace_together(folder, {META: meta.encode()} | {f"{split}.jsonl": content[split] for split in SPLITS})
+    print(f"{os.path.relpath(folder)}:" + (f" {repeated:,} repeated conversations left out" if repeated else ""))
+    for split in SPLITS:
+        print(f"  {split:5} {len(lines[split]):>9,} conversations {sum(lines[split].values()):>13,} bytes of text")
+    if shared := len(questions["train"] & questions["val"]):
+        print(f"note: {shared:,} first questions are in both splits: on them, validation does not show what is new")
+    if summary:
+        print(summary)
+
+
+def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
+    """Raise ValueError for an output folder in which something else would be lost."""
+    found = None
+    if folder.exists() and not folder.is_dir():
+        found = "is a file"
+    elif (folder / "config.json").exists() or (folder / "checkpoints").exists():
+        found = "holds a run"
+    elif any((folder / name).exists() for name in ("train.bin", "val.bin", "tokenizer.json")):
+        found = "holds a corpus of text"
+    elif (folder / META).exists():
+        try:
+            meta = json.loads((folder / META).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            meta = FORMAT  # a damaged one is replaced
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
+            found = f"holds the {META} of something else"
+    if found:
+        raise ValueError(f"--output={folder} {found}: name a folder of its own")
+    for source in map(Path, sources):
+        for target in (folder / f"{split}.jsonl" for split in SPLITS):
+            if source.exists() and target.exists() and source.samefile(target):
+                raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
+
+
+def _replace_together(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write all files under temporary names, then rename them in this order. One process at a time does so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = {Path(os.path.realpath(folder / name)): content for name, content in contents.items()}  # through links
+    temporary = {path: path.with_name(path.name + ".tmp") for path in targets}
+    try:
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+            try:
+                for path, content in targets.items():
+                    with open(temporary[path], "wb") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                for path in targets:
+                    os.replace(temporary[path], path)
+            finally:
+                for path in temporary.values():
+                    path.unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(f"another prepare.py has been writing to {folder} for {LOCK_SECONDS} seconds") from None
+    except OSError as error:
+        advice = "free some space, or name another --output, and prepare again"
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; {advice}") from None
+
+
+def _text_bytes(messages: list[Message]) -> int:
+    return sum(len(message["content"].encode()) for message in messages)
+
+
+def _describe(content: bytes, conversations: int, size: int) -> dict:
+    """What meta.json says of a split; `size` is the bytes of text in its messages."""
+    return {"conversations": conversations, "bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+# --- opening -----------------------------------------------------------------------------------------------------
+
+
+def open_conversations(folder: str | Path) -> dict[str, list[list[Message]]]:
+    """The conversations of a prepared folder by split, verified by its meta.json.
+
+    A folder without one, made by hand or by an earlier version, is read as it is. Raises ValueError with the damaged
+    file and what to do.
+    """
+    folder = Path(folder)
+    meta = _read_meta(folder)
+    if meta is None:
+        return {split: _read_unverified(folder / f"{split}.jsonl") for split in SPLITS}
+    found = {}
+    for split in SPLITS:
+        path = folder / f"{split}.jsonl"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}; {_how_to_prepare(folder)}") from None
+        if hashlib.sha256(content).hexdigest() != meta["splits"][split]["sha256"]:
+            advice = f"{_how_to_prepare(folder)}; if you have edited it, delete {folder / META}"
+            raise ValueError(f"{path} is damaged or half replaced (its SHA-256 is not the one in {META}): {advice}")
+        found[split] = [json.loads(line)["messages"] for line in content.split(b"\n") if line]
+        size = sum(map(_text_bytes, found[split]))
+        if meta["splits"][split] != _describe(content, len(found[split]), size):
+            raise ValueError(
+                f"{folder / META} is damaged (its counts are not those of {path}): {_how_to_prepare(folder)}"
+            )
+    return found
+
+
+def _read_unverified(path: Path) -> list[list[Message]]:
+    left_out = LeftOut()
+    found = list(read_conversations(path, left_out))
+    if summary := left_out.summary():
+        print(f"{path}: {summary}", file=sys.stderr)
+    return found
+
+
+def _read_meta(folder: Path) -> dict | None:
+    """The content of meta.json, None if there is none. ValueError for a damaged one, or one of a later version."""
+    path = folder / META
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        meta = None
+    match meta:
+        case {"format": "plaingpt-corpus"}:  # a corpus of text in the same folder, which earlier versions allowed
+            return None
+        case {"format": "plaingpt-conversations", "version": int(version)} if version != FORMAT["version"]:
+            raise ValueError(f"{path} has format version {version}, this code reads {FORMAT['version']}")
+        case {
+            "format": "plaingpt-conversations",
+            "version": int(),
+            "splits": {"train": {"sha256": str()}, "val": {"sha256": str()}},
+        }:
+            return meta
+    raise ValueError(f"{path} is damaged, or not of this project: {_how_to_prepare(folder)}")
+
+
+def _how_to_prepare(folder: Path) -> str:
+    script = folder / "prepare.py"
+    if script.is_file():
+        return f"run python {script}"
+    return f"prepare it again, as in python data/chat/prepare.py --input FILE --output {folder}"
