@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 
 from common import cli
-from tasks.sft import load_splits
+from tasks.sft import load_conversations
 from tests.conversation_helpers import BAD, HELLO, as_line, lines, talk
 from text import conversations as module
 from text.chat import Template
 from text.conversations import by_question, open_conversations, write_conversations
 from text.tokenizer import CharTokenizer
-from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "val")
@@ -341,9 +340,8 @@ def test_a_kill_between_two_renames_leaves_no_mixture(tmp_path, monkeypatch, ren
     else:
         with pytest.raises(ValueError, match="train.jsonl is damaged or half|val.jsonl is damaged or half"):
             open_conversations(tmp_path)
-        config = TrainConfig(dataset=str(tmp_path))
         with pytest.raises(ValueError, match="half replaced"):  # what finetune.py calls
-            load_splits(config, Template(CharTokenizer("abcdenow123 ", eot=True)), 64)
+            load_conversations(str(tmp_path), Template(CharTokenizer("abcdenow123 ", eot=True)), 64)
     write(tmp_path, NEW)
     assert open_conversations(tmp_path) == NEW
 
@@ -398,7 +396,7 @@ def test_answers_of_weight_0_survive_until_the_mask_that_is_trained_on(tmp_path,
     (tmp_path / "a.jsonl").write_text(lines(*rows))
     assert prepare("chat", "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out")[0] == 0
     template = Template(CharTokenizer("abcdgo0123456789", eot=True))
-    splits, questions = load_splits(TrainConfig(dataset=str(tmp_path / "out")), template, 64)
-    examples = [example for split in SPLITS for example in splits[split].examples]
-    assert len(examples) == 9 and questions == open_conversations(tmp_path / "out")["val"]
+    data = load_conversations(str(tmp_path / "out"), template, 64)
+    examples = data.train.examples + data.val.examples
+    assert len(examples) == 9 and data.questions == open_conversations(tmp_path / "out")["val"]
     assert {template.tokenizer.decode(e.tokens[e.mask].tolist()) for e in examples} == {"good<|end|>"}

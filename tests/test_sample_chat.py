@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.helpers import json_lines
-from text.chat import read_conversations
+from text.conversations import read_conversations
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ("tests.sample_runs",)
