@@ -74,11 +74,11 @@ def pretraining_task(corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, 
         tokens_per_step=whole * block_size,
         steps_per_pass=corpus.num_tokens("train") / (whole * block_size),
         tokenizer=tokenizer,
-        preview=lambda model: preview(model, tokenizer, config.seed),
+        preview=lambda model: preview_text(model, tokenizer, config.seed),
     )
 
 
-def preview(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
+def preview_text(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
     """A short text from the model as it is now."""
     prompt = prompt_tokens(tokenizer, "")
     (tokens,) = generate(

@@ -48,12 +48,18 @@ class Conversations:
 
     train: Examples
     val: Examples
-    questions: list[list[Message]]  # the conversations of the validation split
     template: Template
+    questions: list[list[Message]]  # the conversations of the validation split
+    unlearned: int  # answers of the training split with weight 0
 
 
 def conversation_task(data: Conversations, config: TrainConfig, sft: FinetuneConfig, block_size: int) -> Task:
     """Predict the assistants' tokens. Validation counts responses only, even with train_on_prompt: runs compare."""
+    if sft.train_on_prompt and data.unlearned:
+        raise ValueError(
+            f"train_on_prompt counts every word, and {data.unlearned} answers have weight 0, not to be learned: "
+            "leave one of the two out"
+        )
     train = Rows(data.train.examples, block_size, sft.packing, sft.train_on_prompt)
     val = Rows(data.val.examples, block_size, sft.packing)
     whole = config.batch_size * config.gradient_accumulation_steps
@@ -72,15 +78,15 @@ def conversation_task(data: Conversations, config: TrainConfig, sft: FinetuneCon
         tokens_per_step=round(whole * tokens_per_row),
         steps_per_pass=len(train.rows) / whole,
         tokenizer=data.template.tokenizer,
-        preview=lambda model: preview(model, data.questions, data.template, sft),
+        preview=lambda model: preview_answers(model, data.questions, data.template, sft),
     )
 
 
-def preview(model: GPT, questions: list[list[Message]], template: Template, sft: FinetuneConfig) -> str:
+def preview_answers(model: GPT, questions: list[list[Message]], template: Template, sft: FinetuneConfig) -> str:
     """A few held-out questions with the model's answers, and how many of all its answers end by themselves."""
     n = min(len(questions), sft.eval_questions)
     questions = [questions[i * len(questions) // n] for i in range(n)]  # from everywhere
-    answers = answer(model, questions, template, sft.eval_tokens)
+    answers = answer_questions(model, questions, template, sft.eval_tokens)
     lines = []
     for i in range(0, n, -(-n // SHOWN)):
         question = next(message["content"] for message in questions[i] if message["role"] == "user")
@@ -90,7 +96,9 @@ def preview(model: GPT, questions: list[list[Message]], template: Template, sft:
     return "\n".join([*lines, f"{ended} of {len(answers)} answers end by themselves"])
 
 
-def answer(model: GPT, questions: list[list[Message]], template: Template, max_new_tokens: int) -> list[list[int]]:
+def answer_questions(
+    model: GPT, questions: list[list[Message]], template: Template, max_new_tokens: int
+) -> list[list[int]]:
     """Greedy answers to the first user message of each conversation, after its system message if it has one."""
     prompts = []
     for messages in questions:
@@ -116,4 +124,5 @@ def load_conversations(dataset: str, template: Template, block_size: int) -> Con
     for split, found in splits.items():
         if not found.examples:
             raise ValueError(f"{folder / split}.jsonl: no answer fits into block_size={block_size}")
-    return Conversations(splits["train"], splits["val"], conversations["val"], template)
+    unlearned = sum(message.get("weight", 1) == 0 for messages in conversations["train"] for message in messages)
+    return Conversations(splits["train"], splits["val"], template, conversations["val"], unlearned)

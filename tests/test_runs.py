@@ -254,6 +254,17 @@ def test_max_iters_on_the_command_line_overrides_passes(pretrain, tune):
     assert Run.open(run).settings["num_epochs"] == 1.5
 
 
+def test_answers_of_weight_0_cannot_be_trained_on_with_the_prompts(pretrain, tune, tmp_path):
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "fox", "weight": 0},
+                {"role": "user", "content": "dog"}, {"role": "assistant", "content": "and"}]  # fmt: skip
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": messages}))
+    options = [f"--dataset={tmp_path}", "--max_iters=1"]
+    with pytest.raises(ValueError, match="train_on_prompt counts every word, and 1 answers have weight 0"):
+        tune("a", pretrain("base"), "--train_on_prompt", *options)
+    tune("b", "base", *options)
+
+
 def test_lora_switches_to_adamw_and_says_so(pretrain, tune, capsys):
     (Path("muon.py")).write_text('optimizer = "muon"\n')
     run = tune("a", pretrain("base"), "--lora_rank=2", "--max_iters=2", config="muon.py")
