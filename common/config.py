@@ -1,34 +1,73 @@
-"""From a config file and --key=value arguments to typed dataclasses.
+"""From a config file and command-line options to typed dataclasses.
 
 Notable:
-- a config file is a list of assignments of constants, read as data and never executed;
-- all dataclasses share one flat namespace, so any field can stand in a config file or on the command line;
-- --help is made from the dataclasses themselves: the comment behind a field is its documentation.
+- a config file is a list of assignments of constants; it is parsed, never executed;
+- all dataclasses of a command share one flat namespace, so any field can be set in a config file or as an option;
+- a field's type says what is allowed (int, bool, Literal["a", "b"], UserPath, unions of these), and the comment behind
+  it is its documentation: checks and --help are made from the dataclass itself.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import operator
-import re
+import os
+import textwrap
+import tokenize
 import types
 import typing
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-BARE = "the command line, without a value"  # where a --key came from
+ROOT = Path(__file__).resolve().parents[1]
+
+UserPath = Annotated[str, "path"]  # the type of a field that holds a path: a leading ~ means the home folder
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}  # fmt: skip
 
+# What other programs, and people in a hurry, call our keys. The names are only suggested, never accepted.
+ALSO_CALLED = {
+    "learning_rate": "lr", "weight_decay": "wd", "batch_size": "bs micro_batch_size per_device_train_batch_size",
+    "n_layer": "layers n_layers num_layers num_hidden_layers depth", "n_head": "heads n_heads num_heads",
+    "n_kv_head": "kv_heads n_kv_heads num_kv_heads num_key_value_heads", "n_embd": "width dim d_model hidden_size",
+    "block_size": "ctx n_ctx context context_size context_length seq_len seq_length sequence_length max_seq_len",
+    "num_epochs": "epochs num_train_epochs passes",
+    "max_iters": "steps max_steps num_steps train_steps iters num_iters iterations epochs num_train_epochs",
+    "gradient_accumulation_steps": "accum grad_accum accumulation", "warmup_iters": "warmup warmup_steps",
+    "lr_schedule": "scheduler lr_scheduler lr_scheduler_type", "grad_clip": "clip max_grad_norm clip_grad",
+    "optimizer": "optim", "dataset": "data data_dir", "init_from": "resume base base_model",
+    "out_dir": "out output output_dir model run", "dtype": "precision fp16 bf16", "device": "gpu cuda",
+    "wandb_log": "wandb", "lora_rank": "lora_r r", "temperature": "temp", "num_samples": "n samples",
+    "num_beams": "beams beam_size beam_width", "max_new_tokens": "max_tokens max_length length tokens",
+    "prompt": "text question input", "checkpoint": "ckpt",
+}  # fmt: skip
+
+Values = dict[str, tuple[object, str]]  # key → (value, where it was given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config files
+
 
 def read_config_file(path: str) -> dict[str, object]:
-    """The assignments of a config file: constants, arithmetic on them (5 * 8) and keys assigned above."""
+    """Return the assignments of a config file.
+
+    A value is a constant, a key assigned above, or arithmetic on numbers (5 * 8). Raises ValueError, with the line,
+    for anything else; for a file that is missing, the message names the nearest one.
+    """
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the config file {path}: {getattr(error, 'strerror', None) or error}") from None
+        hint = f"; {suggest_config(path)}" if isinstance(error, FileNotFoundError) else ""
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read the config file {path}: {reason}{hint}") from None
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
     except (ValueError, MemoryError, RecursionError) as error:
@@ -42,13 +81,13 @@ def read_config_file(path: str) -> dict[str, object]:
             raise ValueError(f"{where}: a config file holds plain assignments only, like n_layer = 6")
         try:
             values[node.targets[0].id] = value_of(node.value, values)
-        except (ValueError, ArithmeticError, RecursionError) as error:  # 1 / 0, or a sum of thousands
+        except (ValueError, ArithmeticError, RecursionError) as error:  # for example 1 / 0, or a sum of thousands
             raise ValueError(f"{where}: {error}") from None
     return values
 
 
 def value_of(node: ast.expr, values: dict[str, object]) -> object:
-    """The value of a constant, a name among `values`, or arithmetic on numbers; ValueError for anything else."""
+    """Evaluate a constant, a name among `values`, or arithmetic on numbers; ValueError for anything else."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -60,92 +99,264 @@ def value_of(node: ast.expr, values: dict[str, object]) -> object:
             numbers, function = [value_of(left, values), value_of(right, values)], ARITHMETIC[type(op)]
         case _:
             raise ValueError("the value must be a constant, or arithmetic on numbers and keys above")
-    if (
-        not all(type(n) in (int, float) and abs(n) < 1e18 for n in numbers)
-        or function is operator.pow
-        and numbers[1] > 64
-    ):
-        raise ValueError("arithmetic is for numbers, and not for huge ones")
+    if not all(type(n) in (int, float) and abs(n) < 1e18 for n in numbers):
+        raise ValueError("arithmetic is for numbers below 1e18")
+    if function is operator.pow and numbers[1] > 64:
+        raise ValueError("an exponent must be at most 64")
     return function(*numbers)
 
 
-def read_arguments(argv: list[str]) -> dict[str, tuple[object, str]]:
-    """Arguments `[file.py ...] [--key=value ...]` as {key: (value, where it came from)}; the last one wins.
+def suggest_config(path: str) -> str:
+    """What to say of a config file that does not exist: the nearest one that does, or how options are written."""
+    folders = (Path(path).parent, ROOT / "config")
+    known = {file.stem: os.path.relpath(file) for folder in folders for file in sorted(folder.glob("*.py"))}
+    near = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {known[near[0]]}?"
+    return "options are written --key=value, and config files are in config/"
 
-    A bare --key is --key=True, the last word on a switch.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def read_arguments(argv: list[str], *classes: type, default: str | None = None) -> Values:
+    """Read arguments `[file.py ...] [--key=value | --key value | --switch ...]` for the fields of these dataclasses.
+
+    Returns {key: (value of the field's type, where it was given)}; what comes last wins. default: the config file to
+    read first if the arguments name none. Raises ValueError for an unknown key (with the nearest known one), a missing
+    value, or a value of the wrong type.
     """
-    values: dict[str, tuple[object, str]] = {}
-    for before, argument in zip(["", *argv], argv, strict=False):
-        if not argument.startswith("--"):
-            if before.startswith("--") and "=" not in before:
-                raise ValueError(f"{before} {argument}: options are written --key=value, as in {before}={argument}")
-            values |= {key: (value, argument) for key, value in read_config_file(argument).items()}
-        elif "=" not in argument:
-            values[argument[2:]] = (True, BARE)
-        else:
-            key, value = argument[2:].split("=", 1)
-            values[key] = (value, "the command line")
-    return values
+    fields = fields_of(classes)
+    arguments = list(split_arguments(argv, fields))
+    if default is not None and all(key is not None for key, _ in arguments):
+        arguments.insert(0, (None, default))
+    given: Values = {}
+    for key, value in arguments:
+        options, source = ({key: value}, "the command line") if key else (read_config_file(value), value)
+        given |= {name: (option, source) for name, option in options.items()}
+    return {key: (typed(key, value, source, fields), source) for key, (value, source) in given.items()}
+
+
+def split_arguments(argv: list[str], fields: dict[str, dataclasses.Field]) -> Iterator[tuple[str | None, object]]:
+    """Yield (key, value) for each option and (None, path) for each config file.
+
+    The word after `--key` is its value unless it is an option itself. A switch (a field that can be True) needs none,
+    and does not take a config file for its value: `--compile config/x.py` is --compile=True and a config file.
+    """
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        if not word.startswith("-"):
+            yield None, word
+            continue
+        if not word.startswith("--"):
+            raise ValueError(f"cannot read {word!r}: options are written --key=value or --key value")
+        key, equals, value = word[2:].partition("=")
+        kind = field_of(key, "the command line", fields).type
+        if not equals:
+            alone = not words or words[0].startswith("--")
+            if any(choice is True for choice in choices_of(kind)) and (alone or words[0].endswith(".py")):
+                value = True
+            elif alone:
+                raise ValueError(f"--{key} needs a value, as in --{key}={fields[key].default}")
+            else:
+                value = words.popleft()
+        yield key, value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types
+
+
+def choices_of(kind: object) -> list:
+    """List what a field's type allows: values where they can be listed, else types.
+
+    bool | Literal["auto"] → [True, False, "auto"];  int | None → [int, NoneType];  UserPath → [UserPath]
+    """
+    if kind is bool:
+        return [True, False]
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return [choice for option in typing.get_args(kind) for choice in choices_of(option)]
+    return [kind]
+
+
+def is_value(choice: object) -> bool:
+    """Tell the values in `choices_of` from the types."""
+    return isinstance(choice, bool | int | float | str)
 
 
 def convert(value: object, kind: object) -> object:
-    """The value as that type, where nothing is lost by it (text from the command line, 1 for 1.0); else ValueError."""
-    if isinstance(kind, types.UnionType):
-        for option in typing.get_args(kind):
-            try:
-                return convert(value, option)
-            except ValueError:
-                continue
-        raise ValueError
+    """Return the value as `kind`: text from the command line is parsed, 1 becomes 1.0, ~ the home folder.
+
+    Raises ValueError if something would be lost or the value is not allowed. A union takes the first type that fits.
+    """
+    for choice in choices_of(kind):
+        try:
+            converted = convert_to_type(value, type(choice) if is_value(choice) else choice)
+        except ValueError:
+            continue
+        if not is_value(choice) or converted == choice:
+            return converted
+    raise ValueError
+
+
+def convert_to_type(value: object, kind: object) -> object:
+    """`convert` for a single type: int, float, bool, str, NoneType or UserPath."""
+    if kind is UserPath:
+        return os.path.expanduser(convert_to_type(value, str))
     if isinstance(value, str) and kind is not str:
         try:
-            value = ast.literal_eval(value.replace("true", "True").replace("false", "False"))
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         except (ValueError, TypeError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
             raise ValueError from None
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer() and abs(value) < 2**53:
         value = int(value)
-    if type(value) is not kind or kind is float and not math.isfinite(value) or kind is int and abs(value) >= 2**63:
+    if type(value) is not kind:
+        raise ValueError
+    if kind is float and not math.isfinite(value) or kind is int and abs(value) >= 2**63:
         raise ValueError
     return value
 
 
-def build(values: dict[str, tuple[object, str]], *classes: type) -> list:
-    """One instance of each dataclass, from values as `read_arguments` returns them; defaults for what is not given.
+def typed(key: str, value: object, source: str, fields: dict[str, dataclasses.Field]) -> object:
+    """The value as the type of the field `key`; a ValueError names the key, the value, and what is expected."""
+    kind = field_of(key, source, fields).type
+    try:
+        return convert(value, kind)
+    except ValueError:
+        shown = repr(value) if len(repr(value)) < 80 else repr(value)[:80] + "…"
+        raise ValueError(f"{key} must be {expected(kind, value)}, not {shown} (in {source})") from None
 
-    ValueError: an unknown key (with the nearest known one), or a value of the wrong type.
+
+def expected(kind: object, value: object) -> str:
+    """Describe what a field's type allows, for the message that refuses `value`."""
+    choices = choices_of(kind)
+    if kind is bool:
+        return "of type bool (True or False)"
+    if all(is_value(choice) for choice in choices):
+        return f"one of {', '.join(map(str, choices))}"
+    is_huge = isinstance(value, int) or isinstance(value, str) and value.lstrip("+-").isdigit()
+    if kind is int and is_huge:
+        return "of type int and between -2**63 and 2**63"
+    return f"of type {getattr(kind, '__name__', str(kind))}"
+
+
+def fields_of(classes: tuple[type, ...]) -> dict[str, dataclasses.Field]:
+    """The fields of the dataclasses by name; together they are one flat namespace."""
+    return {field.name: field for c in classes for field in dataclasses.fields(c)}
+
+
+def field_of(key: str, source: str, fields: dict[str, dataclasses.Field]) -> dataclasses.Field:
+    """The field of that name. Raises ValueError for an unknown key, and names the one that was probably meant."""
+    if key in fields:
+        return fields[key]
+    plain = key.replace("-", "_").lower()
+    switch = plain.removeprefix("no_")
+    if switch != plain and switch in fields and True in choices_of(fields[switch].type):
+        hint = f"did you mean {switch}=False?"
+    else:
+        near = nearest(plain, list(fields))
+        hint = f"did you mean {near}?" if near else "--help lists all keys"
+    raise ValueError(f"unknown key {key!r} in {source}: {hint}")
+
+
+def nearest(name: str, keys: list[str]) -> str | None:
+    """The key that a user who wrote `name` probably meant.
+
+    Tried in this order: the key itself, another name of it ("lr"), part of it ("momentum"), a spelling like it.
     """
-    fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
-    converted = {}
-    for key, (value, source) in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
-            raise ValueError(f"unknown key {key!r} in {source}: {hint}")
-        kind = fields[key].type
-        if source == BARE and kind is not bool:
-            raise ValueError(f"--{key}: options are written --key=value, as in --{key}={fields[key].default}")
-        try:
-            converted[key] = convert(value, kind)
-        except ValueError:
-            name = getattr(kind, "__name__", str(kind))
-            shown = repr(value) if len(repr(value)) < 80 else repr(value)[:80] + "…"
-            raise ValueError(f"{key} must be of type {name}, not {shown} (in {source})") from None
-    return [c(**{f.name: converted[f.name] for f in dataclasses.fields(c) if f.name in converted}) for c in classes]
+    also_called = [key for key in keys if name in ALSO_CALLED.get(key, "").split()]
+    parts = [key for key in keys if set(name.split("_")) <= set(key.split("_"))]
+    found = [*(key for key in keys if key == name), *also_called, *parts, *difflib.get_close_matches(name, keys, n=1)]
+    return found[0] if found else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataclasses
+
+
+def build(values: Values, *classes: type) -> list:
+    """Make one instance of each dataclass from {key: (value, where it was given)}; the rest keeps its default.
+
+    Raises ValueError for an unknown key, a value of the wrong type, or what a dataclass itself refuses.
+    """
+    fields = fields_of(classes)
+    converted = {key: typed(key, value, source, fields) for key, (value, source) in values.items()}
+    return [c(**{name: converted[name] for name in fields_of((c,)) if name in converted}) for c in classes]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers within all of its limits: `at_least(0).below(1)`."""
+
+    limits: tuple[tuple[str, Callable[[float, float], bool], float], ...]
+
+    def at_most(self, high: float) -> "Range":
+        return Range((*self.limits, ("at most", operator.le, high)))
+
+    def below(self, high: float) -> "Range":
+        return Range((*self.limits, ("below", operator.lt, high)))
+
+    def __contains__(self, number: float) -> bool:
+        return all(holds(number, limit) for _, holds, limit in self.limits)
+
+    def __str__(self) -> str:
+        return " and ".join(f"{words} {limit}" for words, _, limit in self.limits)
+
+
+def at_least(low: float) -> Range:
+    return Range((("at least", operator.ge, low),))
+
+
+def above(low: float) -> Range:
+    return Range((("above", operator.gt, low),))
+
+
+def check_ranges(config: object, **ranges: Range) -> None:
+    """Raise ValueError if a field of the config lies outside its range.
+
+    check_ranges(self, batch_size=at_least(1), top_p=above(0).at_most(1), dropout=at_least(0).below(1))
+    """
+    for name, allowed in ranges.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be {allowed}, not {value}")
 
 
 def help_text(usage: str, *classes: type, defaults: dict[str, object] | None = None) -> str:
-    """What --help prints: every key with its default and the comment that stands behind it in the source.
+    """What --help prints: every key with its default, its choices, and the comment behind it in the source.
 
-    defaults: those that are not the dataclass's.
+    defaults: values that replace a dataclass's own default.
     """
     lines = [usage.strip()]
     for c in classes:
         lines.append(f"\n{c.__name__}:")
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(c), re.MULTILINE))
-        for f in dataclasses.fields(c):
-            lines.append(
-                f"  --{f.name}={(defaults or {}).get(f.name, f.default)}".ljust(38) + f" {comments.get(f.name, '')}"
-            )
+        comments = comments_of(c)
+        for field in dataclasses.fields(c):
+            option = f"  --{field.name}={(defaults or {}).get(field.name, field.default)}"
+            choices = choices_of(field.type)
+            if len(choices) > 1 and field.type is not bool and all(is_value(choice) for choice in choices):
+                option = f"{option.ljust(38)} {' | '.join(map(str, choices))}:"
+            lines.append(f"{option.ljust(38)} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)
+
+
+def comments_of(c: type) -> dict[str, str]:
+    """The comments behind the fields of a dataclass, by field."""
+    source = textwrap.dedent(inspect.getsource(c))
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines = range(node.lineno, node.end_lineno + 1)
+            found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+    return found

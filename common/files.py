@@ -1,45 +1,167 @@
-"""Files that are there whole or not at all, and JSON with clear errors."""
+"""Files that are written whole or not at all, locks on folders, and JSON with clear errors.
 
+Notable:
+- a file is written under a temporary name of its own, synced to the disk and renamed, so that a kill or a power loss at
+  any moment leaves the old file or the new one, and of two writers one wins whole;
+- what cannot be written is told with the file's name and, for a full disk, with what to do about it.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # disk, quota, limit of a file's size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class WriteError(OSError):
+    """A file that could not be written: filename says which, strerror why and what to do about it."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
+
+
+@contextmanager
+def errors_name(path: str | os.PathLike) -> Iterator[None]:
+    """While something is written to `path`: an OSError becomes a WriteError that names it, and a full disk's remedy.
+
+    Errors of files that lie elsewhere, and the end of a pipe's reader, pass as they are.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        folder = os.path.dirname(os.path.realpath(path))
+        if error.filename is not None and not Path(os.path.realpath(error.filename)).is_relative_to(folder):
+            raise
+        reason = error.strerror or str(error)
+        if error.errno in FULL_DISK:
+            reason += "; free some space there, or choose another place, and run the command again"
+        raise WriteError(error.errno, reason, os.fspath(path)) from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a file to be written whole: it takes the place of `path` when the block ends, and never if the block fails.
+
+    mode: "w" (UTF-8 text, line ends as they are) or "wb". The new file has the permissions of the old one, or those
+    that open() gives. A link is followed; a pipe or a device is written to directly. Raises WriteError.
+    """
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    with errors_name(path):
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with open(target, mode, **options) as file:
+                yield file
+            return
+        temporary = target.with_name(f"{target.name[:50]}.{secrets.token_hex(6)}.tmp")
+        try:
+            with open(temporary, mode, **options) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target.is_file():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+            sync(target.parent)
+        except BaseException:  # a full disk, a folder of that name, Ctrl-C
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Wait until the file's content is on the disk; for a folder, its list of names (Windows needs no such call)."""
+    if os.name == "nt" and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write the file so that it is there whole or not at all; a pipe or a device is written to, never replaced."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        Path(path).write_text(text + "\n", encoding="utf-8")
-        return
-    path = Path(os.path.realpath(path))  # through a link, not over it
-    temporary = path.with_name(path.name + ".tmp")
+    """Write the text and a line break to the file, whole or not at all; see `replacing`."""
+    with replacing(path) as file:
+        file.write(text + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+@contextmanager
+def locked(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
+    """Hold a lock on the folder, which is made if need be, for as long as the block runs.
+
+    Raises ValueError at once if another process holds it: the message names that process, and ends with "stop it, or"
+    and `otherwise`. The system releases the lock when its process ends, however it ends.
+    """
+    folder = Path(folder)
+    holder = folder / ".lock.json"  # beside the lock: Windows lets nobody read a locked file
+    with errors_name(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"{folder} is in use by {describe(holder)}: stop it, or {otherwise}") from None
+        except NotImplementedError:
+            raise ValueError(f"the file system of {folder} has no locks: choose a folder on another disk") from None
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, a folder of that name, Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        process = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:200]}
+        write_json(holder, process | {"since": since})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Write `content` to `path` as JSON: the new file is there whole and on disk, or the old one still is."""
+def describe(holder: Path) -> str:
+    """Describe the process that holds a lock, from what it wrote down of itself."""
+    try:
+        found = read_json(holder)
+        return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
+    except (ValueError, TypeError, KeyError):  # it is just starting or ending, or was written by an earlier version
+        return "another process"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write `content` to `path` as JSON, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1))
 
 
 def read_json(path: str | os.PathLike, what: str = "a vocabulary") -> Any:
-    """The content of a JSON file. ValueError, with what the file should have been, if it is none."""
+    """Return the content of a JSON file. Raises ValueError if there is none; `what` says what it should have been."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged, or not {what}: it is not JSON") from None
 
 
-def checksum(content: dict) -> str:
-    """SHA-256 of the content, whatever its layout in the file."""
+def checksum(content: object) -> str:
+    """SHA-256 of JSON content, in hex; it does not depend on the order of keys or on the layout of the file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

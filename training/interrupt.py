@@ -1,27 +1,33 @@
-"""SIGINT and SIGTERM as requests to stop after the step."""
+"""Signals that ask a run to stop: it finishes its step and saves first."""
 
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Ctrl-C, a request to end (kill, job schedulers), and a terminal that is closed (Windows has no such signal)
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @contextmanager
 def interruptible(alone: bool) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second Ctrl-C is obeyed at once.
+    """Collect the signals that ask to stop in the list that is yielded, instead of dying of them.
 
-    Under torchrun (not alone) it is not: there, one Ctrl-C arrives as several signals.
+    alone: whether this is the only process. Then a second Ctrl-C stops it at once; under torchrun it does not, because
+    there a single Ctrl-C arrives as several signals. A run that `nohup` has made deaf to SIGHUP stays so.
     """
     caught: list[int] = []
 
-    def remember(number: int, _frame) -> None:
-        if alone and number == signal.SIGINT in caught:
+    def remember(number: int, _frame: object) -> None:
+        if alone and number == signal.SIGINT and number in caught:
             raise KeyboardInterrupt
-        if alone:
+        if alone and number != getattr(signal, "SIGHUP", None):  # after a SIGHUP nobody reads any more
             print("\nfinishing the step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
         caught.append(number)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heeded = [number for number in STOPPING if not (nohup and number == signal.SIGHUP)]
+    previous = {number: signal.signal(number, remember) for number in heeded}
     try:
         yield caught
     finally:

@@ -1,34 +1,68 @@
-"""What a run says while it trains: log.jsonl, the terminal, and Weights & Biases if asked."""
+"""What a run reports while it trains: log.jsonl, the terminal, and Weights & Biases if asked.
+
+On a terminal there is a moving bar; elsewhere, where a bar would be noise, a line now and then.
+"""
 
 import json
 import math
 import os
+import shutil
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
+from common.cli import visible
+from common.files import errors_name, replacing
+
+T = TypeVar("T")
+
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+NARROWEST = 10  # columns; lr and mfu are left out before {bar} becomes narrower
+WANDB_REMEDY = "run wandb login, set WANDB_MODE=offline, or leave wandb_log out"
+
+
+def check_wandb(config) -> None:
+    """Raise ValueError if wandb_log=True and Weights & Biases is not installed or does not accept the login.
+
+    To be called before the run's folder is made, so that a failed login leaves no empty run behind.
+    """
+    if not config.wandb_log:
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return
+    try:
+        wandb.login(verify=True)
+    except (wandb.errors.Error, OSError) as error:
+        raise ValueError(f"wandb: {error}; {WANDB_REMEDY}") from None
+
 
 class Log:
-    """Where the run says what happens: log.jsonl, the terminal, and wandb if asked. Silent but on the first process."""
+    """Where a run reports to. Silent on every process but the first (active=False).
+
+    config: a TrainConfig. settings: what wandb is told of the run. step: the step from which it goes on.
+    """
 
     def __init__(self, config, settings: dict, active: bool, step: int):
         self.config, self.active, self.wandb, self.shown = config, active, None, -1
-        # On a terminal a moving bar; in a file, where a bar would be noise, a line now and then (disable=None).
-        self.bar = tqdm(
-            total=config.max_iters, initial=step, unit="step", dynamic_ncols=True, disable=None if self.active else True
-        )
-        if config.wandb_log and self.active:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("wandb_log=True needs the package wandb: pip install wandb") from None
+        if config.wandb_log and active:
+            import wandb
 
             name = config.wandb_run_name or Path(config.out_dir).name
             try:
                 self.wandb = wandb.init(project=config.wandb_project, name=name, dir=config.out_dir, config=settings)
             except wandb.errors.Error as error:
-                raise ValueError(f"wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
+                raise ValueError(f"wandb: {error}; {WANDB_REMEDY}") from None
+        self.bar = tqdm(
+            total=config.max_iters, initial=step, bar_format=BAR, dynamic_ncols=True, disable=None if active else True
+        )
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -37,29 +71,57 @@ class Log:
             sys.stdout.flush()
 
     def event(self, event: dict) -> None:
-        """One line of log.jsonl, and the same to wandb."""
-        if self.active:
-            with open(Path(self.config.out_dir) / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-            if self.wandb:
-                self.wandb.log({key: value for key, value in event.items() if key != "step"}, step=event["step"])
+        """Append an event to log.jsonl, and send it to wandb. Raises OSError if the disk is full."""
+        if not self.active:
+            return
+        path = Path(self.config.out_dir) / "log.jsonl"
+        with errors_name(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.wandb:
+            self.wandb.log({key: value for key, value in event.items() if key != "step"}, step=event["step"])
 
     def training(self, **event) -> None:
         """Log a training step and show it: on the bar, or without one as a line for every fiftieth of the run."""
         self.event(event)
-        mfu = f", mfu {event['mfu']:.0%}" if event["mfu"] else ""
-        text = f"loss {event['train_loss']:.4f}, lr {event['lr']:.1e}, {event['tokens_per_second']:,.0f} tokens/s{mfu}"
+        numbers = [
+            f"loss {event['train_loss']:.4f}", f"{event['tokens_per_second']:,.0f} tokens/s", f"lr {event['lr']:.1e}"
+        ]  # fmt: skip
+        if event["mfu"]:
+            numbers.append(f"mfu {event['mfu']:.0%}")
         if not self.bar.disable:
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_postfix_str(what_fits(self.bar, numbers), refresh=False)
             self.bar.update(event["step"] - self.bar.n)
         elif (now := event["step"] * 50 // self.config.max_iters) > self.shown:
             self.shown = now
-            self.say(f"step {event['step']}/{self.config.max_iters}: {text}")
+            self.say(f"step {event['step']}/{self.config.max_iters}: {', '.join(numbers)}")
+
+    def evaluating(self, batches: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Yield the batches of an evaluation, and count them on the bar. total: how many there are, if it is known."""
+        before, of, drawn = self.bar.postfix or "", f" of {total}" if total else "", 0.0
+        for number, batch in enumerate(batches, start=1):
+            if not self.bar.disable and time.monotonic() - drawn > 0.1:
+                self.bar.set_postfix_str(f"evaluating: batch {number}{of}")
+                drawn = time.monotonic()
+            yield batch
+        if not self.bar.disable:
+            self.bar.set_postfix_str(before)
 
     def show_evaluation(self, event: dict) -> None:
         """Print an evaluation."""
         self.say(f"step {event['step']}/{self.config.max_iters}: val_loss {event['val_loss']:.4f}, "
                  f"val_bpb {event['val_bpb']:.4f}, {event['seconds']:.0f} s")  # fmt: skip
+
+    def preview(self, text: str, step: int) -> None:
+        """Print a text that the model made, with control characters as escapes.
+
+        At step 0 it is one line, cut to the width of the terminal: there is little to see before training.
+        """
+        text = visible(text)
+        if step == 0:
+            width = shutil.get_terminal_size().columns - 1
+            text = "before training: " + " ".join(text.split())
+            text = text if len(text) <= width else text[: width - 1] + "…"
+        self.say(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -68,24 +130,31 @@ class Log:
             self.wandb.finish()
 
 
-def rewind_log(out_dir: str | Path, step: int) -> None:
-    """Drop what a killed run logged after `step`, its last checkpoint: the resumed run will log it again.
+def what_fits(bar: tqdm, numbers: list[str]) -> str:
+    """As many of the numbers, the most important first, as fit on the bar's line; the first two always."""
+    for count in range(len(numbers), 2, -1):
+        text = ", ".join(numbers[:count])
+        shape = {"postfix": text, "bar_format": BAR.replace("{bar}", "#" * NARROWEST), "ncols": None}
+        meter = bar.format_dict
+        if meter["ncols"] is None or len(bar.format_meter(**(meter | shape))) <= meter["ncols"]:
+            return text
+    return ", ".join(numbers[:2])
 
-    What is no event of a run goes too: a line cut short by the kill, or the zeros that a power loss leaves.
+
+def rewind_log(out_dir: str | Path, step: int) -> None:
+    """Drop from log.jsonl what a killed run logged after `step`, its last checkpoint: resuming will log it again.
+
+    Lines that are no events are dropped too: one that the kill cut short, or the zeros that a power loss leaves.
     """
     path = Path(out_dir) / "log.jsonl"
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with replacing(path) as file:
             file.writelines(line for line in lines if step_of(line) <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
 
 def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinite if it is none."""
+    """The step of a line of log.jsonl; infinity if the line is no event."""
     try:
         event = json.loads(line)
         return event["step"] if type(event["step"]) is int and line.endswith("\n") else math.inf
