@@ -17,8 +17,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
-OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|ALLOC_FAILED|Storage size"  # PyTorch's words for it
-TOO_LARGE = "[Oo]verflow|cannot be represented"  # PyTorch's words for a number that does not fit in 64 bits
+# The words of PyTorch and NumPy for too little memory, and for a number that does not fit in 64 bits
+OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|ALLOC_FAILED|Storage size"
+ARRAY_TOO_BIG = "array is too big|Maximum allowed dimension exceeded"
+TOO_LARGE = "[Oo]verflow|cannot be represented"
 PATIENCE = 5.0  # seconds; torchrun stops the other processes well before, once one of them has failed
 
 # Bidirectional controls can make a line show other text than it holds.
@@ -65,7 +67,9 @@ def run(
 def message_of(error: Exception, if_out_of_memory: str) -> str | None:
     """The one line that tells a user of this error; None if it is a bug of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, text):
+    words = {RuntimeError: OUT_OF_MEMORY, ValueError: ARRAY_TOO_BIG, MemoryError: ""}
+    if any(isinstance(error, kind) and re.search(pattern, text) for kind, pattern in words.items()):
+        text = re.sub(r"^\[enforce fail[^]]*\] [^.]*\. ", "", text)  # the line of PyTorch's source
         return f"out of memory: {if_out_of_memory} ({text[:200]})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return f"{error.strerror}: free some space on the disk, and run the command again"

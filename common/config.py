@@ -109,10 +109,11 @@ def value_of(node: ast.expr, values: dict[str, object]) -> object:
 def suggest_config(path: str) -> str:
     """What to say of a config file that does not exist: the nearest one that does, or how options are written."""
     folders = (Path(path).parent, ROOT / "config")
-    known = {file.stem: os.path.relpath(file) for folder in folders for file in sorted(folder.glob("*.py"))}
+    known = {file.stem: file.absolute() for folder in folders for file in sorted(folder.glob("*.py"))}
     near = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.5)
     if near:
-        return f"did you mean {known[near[0]]}?"
+        found, here = known[near[0]], Path.cwd()
+        return f"did you mean {found.relative_to(here) if found.is_relative_to(here) else found}?"
     return "options are written --key=value, and config files are in config/"
 
 

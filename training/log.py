@@ -51,7 +51,9 @@ class Log:
     """
 
     def __init__(self, config, settings: dict, active: bool, step: int):
-        self.config, self.active, self.wandb, self.shown = config, active, None, -1
+        self.config, self.active, self.wandb = config, active, None
+        self.shown = -1  # without a bar: the last fiftieth of the run that was told
+        self.numbers = ""  # on the bar: those of the last training step
         if config.wandb_log and active:
             import wandb
 
@@ -89,7 +91,8 @@ class Log:
         if event["mfu"]:
             numbers.append(f"mfu {event['mfu']:.0%}")
         if not self.bar.disable:
-            self.bar.set_postfix_str(what_fits(self.bar, numbers), refresh=False)
+            self.numbers = what_fits(self.bar, event["step"], numbers)
+            self.bar.set_postfix_str(self.numbers, refresh=False)
             self.bar.update(event["step"] - self.bar.n)
         elif (now := event["step"] * 50 // self.config.max_iters) > self.shown:
             self.shown = now
@@ -97,14 +100,14 @@ class Log:
 
     def evaluating(self, batches: Iterable[T], total: int | None = None) -> Iterator[T]:
         """Yield the batches of an evaluation, and count them on the bar. total: how many there are, if it is known."""
-        before, of, drawn = self.bar.postfix or "", f" of {total}" if total else "", 0.0
+        of, drawn = f" of {total}" if total else "", 0.0
         for number, batch in enumerate(batches, start=1):
             if not self.bar.disable and time.monotonic() - drawn > 0.1:
                 self.bar.set_postfix_str(f"evaluating: batch {number}{of}")
                 drawn = time.monotonic()
             yield batch
         if not self.bar.disable:
-            self.bar.set_postfix_str(before)
+            self.bar.set_postfix_str(self.numbers)
 
     def show_evaluation(self, event: dict) -> None:
         """Print an evaluation."""
@@ -114,13 +117,14 @@ class Log:
     def preview(self, text: str, step: int) -> None:
         """Print a text that the model made, with control characters as escapes.
 
-        At step 0 it is one line, cut to the width of the terminal: there is little to see before training.
+        At step 0, where there is little to see, it is one line: its beginning and its end, as the terminal has room.
         """
         text = visible(text)
         if step == 0:
             width = shutil.get_terminal_size().columns - 1
             text = "before training: " + " ".join(text.split())
-            text = text if len(text) <= width else text[: width - 1] + "…"
+            if len(text) > width:
+                text = f"{text[: (width - 3) // 2]} … {text[-(width - 3) // 2 :]}"
         self.say(text)
 
     def close(self) -> None:
@@ -130,12 +134,12 @@ class Log:
             self.wandb.finish()
 
 
-def what_fits(bar: tqdm, numbers: list[str]) -> str:
-    """As many of the numbers, the most important first, as fit on the bar's line; the first two always."""
+def what_fits(bar: tqdm, step: int, numbers: list[str]) -> str:
+    """As many of the numbers, the most important first, as fit on the bar's line at that step; the first two always."""
+    meter = bar.format_dict | {"n": step}
     for count in range(len(numbers), 2, -1):
         text = ", ".join(numbers[:count])
         shape = {"postfix": text, "bar_format": BAR.replace("{bar}", "#" * NARROWEST), "ncols": None}
-        meter = bar.format_dict
         if meter["ncols"] is None or len(bar.format_meter(**(meter | shape))) <= meter["ncols"]:
             return text
     return ", ".join(numbers[:2])
