@@ -9,12 +9,15 @@ several conversations are packed into a row without seeing each other; LoRA (lor
 and leaves the base model as it is.
 """
 
+from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
+
+# isort: split
+
 import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from common import cli
 from common.config import help_text, read_arguments
 from model import GPTConfig
 from runs.run import SCRATCH, Run, unseen_tokens
@@ -22,7 +25,7 @@ from runs.start import RESUME, Start, decide
 from tasks.sft import Conversations, FinetuneConfig, conversation_task, load_conversations
 from tasks.task import Task
 from text.chat import Template
-from train import say_finished, train_or_evaluate
+from train import OUT_OF_MEMORY, say_finished, train_or_evaluate
 from training.config import TrainConfig
 from training.device import start_process, stop_process
 from training.lora import LoraConfig
@@ -49,17 +52,17 @@ COMMAND_LINE = "the command line"
 
 def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTConfig]:
     """Where the run begins, and the configs that the arguments ask for."""
-    given = read_arguments(argv)
+    classes = (TrainConfig, FinetuneConfig, GPTConfig)
+    given = read_arguments(argv, *classes)
     resuming = given.get("init_from", ("",))[0] == RESUME
     if not resuming:
-        if all(argument.startswith("--") for argument in argv):  # no config file
-            own_data = given.get("dataset", (DEFAULTS["dataset"],))[0] != DEFAULTS["dataset"]
-            given = read_arguments([OWN_DATA if own_data else DEMO, *argv])
+        own_data = given.get("dataset", (DEFAULTS["dataset"],))[0] != DEFAULTS["dataset"]
+        given = read_arguments(argv, *classes, default=OWN_DATA if own_data else DEMO)
         given = {key: (value, "the defaults of finetune.py") for key, value in DEFAULTS.items()} | given
     if given.get("init_from", ("",))[0] == SCRATCH:
         raise ValueError("--init_from must be the folder of a trained run: fine-tuning begins with a model that knows")
     start = decide(given, DEFAULTS, "sft")
-    config, sft, model_config = start.configs(given, TrainConfig, FinetuneConfig, GPTConfig)
+    config, sft, model_config = start.configs(given, *classes)
     sources = {key: source for key, (_, source) in given.items()}
     if sources.get("max_iters") == COMMAND_LINE or resuming and "num_epochs" not in given:
         sft.num_epochs = 0.0
@@ -129,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, if_out_of_memory=OUT_OF_MEMORY, outlives_readers=True)

@@ -10,16 +10,20 @@ How tokens are chosen is in decoding/stream.py and decoding/beam.py, how prompts
 how tokens become text in decoding/text.py, the conversation in decoding/chat.py.
 """
 
+from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
+
+# isort: split
+
 import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from tqdm import tqdm
 
-from common import cli
-from common.config import build, help_text, read_arguments
+from common.config import UserPath, above, at_least, build, check_ranges, help_text, read_arguments
 from decoding.beam import Hypothesis, beam_search
 from decoding.chat import chat
 from decoding.fast import check_int8, speed_up
@@ -47,6 +51,7 @@ Prints text from a trained model as it is made. Text may grow longer than the mo
 full, its older half is forgotten and the newer half read again. On a terminal, control characters in the text are shown
 as escapes such as \\x1b; a file or a pipe gets the text exactly as the model wrote it."""
 
+OUT_OF_MEMORY = "lower num_samples, num_beams or max_new_tokens, or try --dtype=bfloat16 or, on a CPU, --quantize=int8"
 MOST = 4096  # texts or beams at once
 
 # The ways to use a model, and the options that each of them reads. Any other one is refused, rather than ignored.
@@ -65,10 +70,10 @@ SWITCHES = ("chat", "score", "json", "prompt", "prompts", "system", "stop", "num
 
 @dataclass
 class SampleConfig:
-    out_dir: str = "out/pydocs"  # the run to sample from
+    out_dir: UserPath = "out/pydocs"  # the run to sample from
     checkpoint: str = "best"  # best (lowest validation loss) | latest | a name such as step_00001000
     prompt: str = ""  # text to continue, or a question to a fine-tuned model; FILE:path reads it from a file
-    prompts: str = ""  # a file of prompts: .jsonl with {"prompt": ...} or {"messages": [...]} per line, or .txt
+    prompts: UserPath = ""  # a file of prompts: .jsonl with {"prompt": ...} or {"messages": [...]} per line, or .txt
     system: str = ""  # a system message for a fine-tuned model; FILE:path reads it from a file
     max_new_tokens: int = 500  # stop after this many tokens, or when the model ends the document
     num_samples: int = 1  # texts per prompt; of a single prompt the first is shown as it is made
@@ -84,25 +89,18 @@ class SampleConfig:
     seed: int = 1337  # the same seed gives the same text; text i draws from seed + i, i counting from 0
     chat: bool = False  # talk with the model in the terminal
     json: bool = False  # print a JSON object per text: tokens, log-probabilities, why it ended
-    score: str = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
-    quantize: str = "none"  # none | int8: weights as bytes, on a CPU: quicker, a little less exact
+    score: UserPath = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
+    quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: quicker, a little less exact
     device: str = "auto"  # auto | cpu | cuda | cuda:1
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
 
     def __post_init__(self):
-        lowest = {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
-        for name, low in lowest.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        ranges = {"min_p": (0, 1), "repetition_penalty": (0.01, 100), "length_penalty": (-10, 10)}
-        ranges |= dict.fromkeys(("num_samples", "num_beams", "batch_size"), (1, MOST))
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.quantize not in ("none", "int8"):
-            raise ValueError(f"quantize must be none or int8, not {self.quantize!r}")
+        few = at_least(1).at_most(MOST)
+        check_ranges(
+            self, max_new_tokens=at_least(1), temperature=at_least(0), top_k=at_least(0), seed=at_least(0),
+            top_p=above(0).at_most(1), min_p=at_least(0).at_most(1), repetition_penalty=at_least(0.01).at_most(100),
+            length_penalty=at_least(-10).at_most(10), num_samples=few, num_beams=few, batch_size=few,
+        )  # fmt: skip
         if 1 < self.num_beams < self.num_samples:
             raise ValueError(f"num_samples={self.num_samples} texts cannot come from num_beams={self.num_beams}")
         self.stops()
@@ -148,7 +146,7 @@ class SampleConfig:
 
 def read_options(argv: list[str]) -> SampleConfig:
     """The options of the command line. Raises ValueError for one that is impossible, or that would be ignored."""
-    given = read_arguments(argv)
+    given = read_arguments(argv, SampleConfig)
     (config,) = build(given, SampleConfig)
     config.check_use(set(given))
     return config
@@ -378,4 +376,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, if_out_of_memory=OUT_OF_MEMORY)

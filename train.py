@@ -8,10 +8,15 @@ the run that never stopped; the loss of a step is one mean over all its counted 
 nor the number of processes changes the gradient; compilation and data parallelism wrap the model from outside.
 """
 
+from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
+
+# isort: split
+
 import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +28,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import cli
 from common.config import help_text, read_arguments
 from model import GPT, IGNORE, GPTConfig
 from runs.checkpoint import list_checkpoints
@@ -42,6 +46,9 @@ USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no c
        torchrun --nproc_per_node=N train.py config/x.py [--key=value ...]
 
 The keys, with the values that hold where neither the config file nor the command line says otherwise:"""
+
+OUT_OF_MEMORY = "lower batch_size (and raise gradient_accumulation_steps), block_size, n_embd or n_layer, or try \
+--dtype=bfloat16"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ class Trainer:
         """Evaluate, log it, save (step 0 has nothing to save), and show a sample if it is time to."""
         self.flush()
         config, state = self.config, self.state
-        metrics = evaluate(self.evaluator, self.task, self.process)
+        metrics = evaluate(self.evaluator, self.task, self.process, self.log.evaluating)
         if not math.isfinite(metrics["val_loss"]):
             raise ValueError(broken_down(f"step {state['step']}: val_loss {metrics['val_loss']}", config.out_dir))
         event = {"step": state["step"], **metrics, "seconds": time.perf_counter() - self.begin}
@@ -201,7 +208,7 @@ class Trainer:
         last = state["step"] >= config.max_iters
         if config.sample_interval and (last or state["step"] % config.sample_interval == 0) and self.process.rank == 0:
             self.model.eval()
-            self.log.say(self.task.preview(self.model))
+            self.log.preview(self.task.preview(self.model), state["step"])
             self.model.train()
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
 
@@ -233,11 +240,14 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def evaluate(network, task: Task, process: Process) -> dict[str, float]:
-    """val_loss (nats per counted token) and val_bpb (bits per byte) over the validation batches of all processes."""
+def evaluate(network, task: Task, process: Process, watch: Callable = iter) -> dict[str, float]:
+    """val_loss (nats per counted token) and val_bpb (bits per byte) over the validation batches of all processes.
+
+    watch(batches) yields the batches, and may show how far it is.
+    """
     network.eval()
     loss, count = torch.zeros((), dtype=torch.float64, device=process.device), 0
-    for batch in task.validation(process.rank, process.world_size):
+    for batch in watch(task.validation(process.rank, process.world_size)):
         count += int((batch["targets"] != IGNORE).sum())
         with autocast(process.device, process.dtype):
             loss += network(**to_device(batch, process.device), target_count=1)[1]
@@ -295,10 +305,10 @@ def say_finished(start: Start, config: TrainConfig, process: Process) -> None:
 
 def configure(argv: list[str]) -> tuple[Start, TrainConfig, GPTConfig]:
     """Where the run begins, and the configs that the arguments ask for."""
-    given = read_arguments(argv)
+    given = read_arguments(argv, TrainConfig, GPTConfig)
     start = decide(given, vars(TrainConfig()), "pretrain")
-    if start == Start() and all(argument.startswith("--") for argument in argv):  # no config file
-        given = read_arguments([DEFAULT_CONFIG, *argv])
+    if start == Start():
+        given = read_arguments(argv, TrainConfig, GPTConfig, default=DEFAULT_CONFIG)
     return start, *start.configs(given, TrainConfig, GPTConfig)
 
 
@@ -324,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, if_out_of_memory=OUT_OF_MEMORY, outlives_readers=True)

@@ -9,7 +9,6 @@ of (seed, step).
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.files import read_json
+from common.files import read_json, sync
 from model import GPT
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -94,17 +93,6 @@ def delete(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def sync(path: Path) -> None:
-    """Have the file's (or folder's) content on the disk before going on."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

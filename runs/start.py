@@ -5,21 +5,22 @@ Which of the three it is, is decided once, by `decide`; everything after that is
 
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
 
 from common.config import build
+from common.files import locked
 from model import GPT, GPTConfig
 from runs.checkpoint import FILES, load_optimizers, load_weights, read_state, save_checkpoint, verify
 from runs.run import CONFIG, SCRATCH, Origin, Run, model_to_fine_tune
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
-from training.log import Log, rewind_log
+from training.log import Log, check_wandb, rewind_log
 from training.lora import add_lora
 from training.optim import learning_rate_at, make_optimizers
 
@@ -189,16 +190,6 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
 # The folder
 
 
-def lock_folder(folder: Path) -> BaseFileLock:
-    """Hold the folder until the lock is released or the process ends. ValueError if another process trains there."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"another process is training in {folder}: choose another --out_dir, or stop it") from None
-    return lock
-
-
 def check_place(folder: Path) -> None:
     """ValueError for a folder that is no place for a run, so that nothing else is moved aside or mixed up."""
     taken = folder.is_file() or any((folder / name).exists() for name in ("meta.json", "prepare.py", "train.jsonl"))
@@ -231,15 +222,16 @@ class RunFolder:
 
     def __init__(self, run: Run, start: Start, tokenizer: Tokenizer, config: TrainConfig, active: bool):
         self.run, self.start, self.active = run, start, active
-        self.lock: BaseFileLock | None = None
+        self.lock = ExitStack()
         self.notes = [*start.notes, *start.schedule_note(config)]
         if active:
+            check_wandb(config)
             self._open(tokenizer)
         try:
             settings = self.run.settings | asdict(self.run.model_config)
             self.log = Log(config, settings, active, start.state["step"] if start.state else 0)
         except BaseException:
-            self._release()
+            self.lock.close()
             raise
 
     def __enter__(self) -> "RunFolder":
@@ -247,26 +239,21 @@ class RunFolder:
 
     def __exit__(self, *_) -> None:
         self.log.close()
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock:
-            self.lock.release()
+        self.lock.close()
 
     def _open(self, tokenizer: Tokenizer) -> None:
         """Make a new run's folder, or take a resumed run's log back to its checkpoint; then write config.json."""
         folder, start = self.run.folder, self.start
         check_place(folder)
         if folder.exists():
-            self.lock = lock_folder(folder)
+            self._hold(folder)
         if start.resumes:
             self._rewind_log()
             origin = start.resumes.origin
         else:
-            self._release()  # Windows moves no folder with an open file in it
+            self.lock.close()  # Windows moves no folder with an open file in it
             aside = move_aside(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(folder)
+            self._hold(folder)
             (folder / "checkpoints").mkdir(exist_ok=True)
             tokenizer.save(folder)
             source = start.source.folder if start.source else None
@@ -278,6 +265,10 @@ class RunFolder:
             keep_run(Path(origin.source), self.run.base_checkpoint, folder / "base")
         self.run = replace(self.run, origin=origin, settings=self.run.settings | {"init_from": origin.source})
         self.run.save()
+
+    def _hold(self, folder: Path) -> None:
+        """Lock the folder. ValueError if another process is training there."""
+        self.lock.enter_context(locked(folder, "choose another --out_dir"))
 
     def _rewind_log(self) -> None:
         """Drop what was logged after the checkpoint; if all checkpoints are gone, keep the old log beside the new."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.config import above, at_least, check_ranges
+from common.spread import evenly
 from decoding.stream import generate
 from model import GPT
 from tasks.packing import Examples, Rows, make_examples
@@ -29,11 +31,10 @@ class FinetuneConfig:
     lora_targets: str = ",".join(TARGETS)  # the layers that are corrected
 
     def __post_init__(self):
-        for name, low in {"num_epochs": 0, "eval_questions": 1, "eval_tokens": 1, "lora_rank": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if not 0 < self.lora_alpha <= 10_000:
-            raise ValueError(f"lora_alpha must be above 0 and at most 10000, not {self.lora_alpha}")
+        check_ranges(
+            self, num_epochs=at_least(0), eval_questions=at_least(1), eval_tokens=at_least(1), lora_rank=at_least(0),
+            lora_alpha=above(0).at_most(10_000),
+        )  # fmt: skip
         if self.lora_rank and not self.targets():
             raise ValueError(f"lora_targets must name layers to correct: one or more of {','.join(TARGETS)}")
 
@@ -84,11 +85,10 @@ def conversation_task(data: Conversations, config: TrainConfig, sft: FinetuneCon
 
 def preview_answers(model: GPT, questions: list[list[Message]], template: Template, sft: FinetuneConfig) -> str:
     """A few held-out questions with the model's answers, and how many of all its answers end by themselves."""
-    n = min(len(questions), sft.eval_questions)
-    questions = [questions[i * len(questions) // n] for i in range(n)]  # from everywhere
+    questions = [questions[i] for i in evenly(sft.eval_questions, len(questions))]
     answers = answer_questions(model, questions, template, sft.eval_tokens)
     lines = []
-    for i in range(0, n, -(-n // SHOWN)):
+    for i in evenly(SHOWN, len(questions)):
         question = next(message["content"] for message in questions[i] if message["role"] == "user")
         text = template.tokenizer.decode(token for token in answers[i] if token != template.end_id)
         lines += [f"> {question}", text]

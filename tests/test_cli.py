@@ -65,5 +65,6 @@ def test_training_needs_no_wandb(corpus_folder, tmp_path):
     (tmp_path / "c.py").write_text("n_layer = 1\nn_head = 1\nn_embd = 8\nblock_size = 8\nmax_iters = 1\n")
     command = ["train.py", tmp_path / "c.py", f"--dataset={corpus_folder}", f"--out_dir={tmp_path / 'r'}"]
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    assert "wandb_log=True needs the package wandb" in error_of(run(*command, "--wandb_log", env=environment))
+    assert not (tmp_path / "r").exists()  # what cannot begin leaves no empty run
     assert run(*command, env=environment).returncode == 0
-    assert "wandb_log=True needs the package wandb" in error_of(run(*command, "--wandb_log=True", env=environment))

@@ -232,7 +232,7 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
         (["--n_layer=3"], "n_layer is 2 in .* and cannot become 3"),
         (["--lora_rank=2", "--lora_targets=,"], "lora_targets must name layers"),
         (["--lora_rank=2", "--lora_alpha=0"], "lora_alpha must be above 0"),
-        (["--init_from"], "init_from and out_dir are written"),
+        (["--init_from"], "--init_from needs a value, as in"),
         (["--lora_rank=-1"], "lora_rank must be at least 0"),
         (["--lora_rank=2", "--lora_targets=head"], "no layer is called 'head'"),
         (["--lora_rank=2", "--optimizer=muon"], "Muon is for whole matrices"),

@@ -293,7 +293,7 @@ def test_the_folder_is_locked_while_it_is_open_and_free_afterwards(pretrain, tmp
     run = Run.open(pretrain("a"))
     start = train.decide({"init_from": ("resume", ""), "out_dir": ("a", "")}, {}, "pretrain")
     with RunFolder(run, start, run.tokenizer, TrainConfig(), active=True):
-        with pytest.raises(ValueError, match="another process is training in a"):
+        with pytest.raises(ValueError, match="a is in use by process"):
             RunFolder(run, start, run.tokenizer, TrainConfig(), active=True)
     with RunFolder(run, start, run.tokenizer, TrainConfig(), active=True):
         pass

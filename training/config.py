@@ -1,30 +1,31 @@
 """What training can be told: one dataclass, whose fields are the keys of configs and command lines."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from training.optim import SCHEDULES
+from common.config import UserPath, above, at_least, check_ranges
 
 
 @dataclass
 class TrainConfig:
-    out_dir: str = "out/pydocs"  # the run's folder: config, tokenizer, log, checkpoints
-    dataset: str = "pydocs"  # a prepared corpus: a folder under data/, or any path
-    init_from: str = "scratch"  # scratch | resume (continue out_dir) | another run's folder (start from its weights)
+    out_dir: UserPath = "out/pydocs"  # the run's folder: config, tokenizer, log, checkpoints
+    dataset: UserPath = "pydocs"  # a prepared corpus: a folder under data/, or any path
+    init_from: UserPath = "scratch"  # scratch | resume (continue out_dir) | a run's folder (start from its weights)
     seed: int = 1337  # decides initial weights, batches and dropout
     batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per step, over all processes together
     max_iters: int = 1000  # steps in all
-    optimizer: str = "muon"  # muon (hidden matrices; AdamW for the rest) | adamw (everything)
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon is for the hidden matrices, with AdamW for the rest
     learning_rate: float = 3e-3  # the highest learning rate
     min_lr: float = 0.0  # the learning rate at the end
-    lr_schedule: str = "wsd"  # cosine | wsd (warmup, stable, linear decay) | constant
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "wsd"  # wsd: warmup, stable, linear decay
     warmup_iters: int = 10  # steps of linear warmup
     decay_fraction: float = 0.6  # wsd: the share of the run that decays
-    weight_decay: float = 0.0  # pulls matrices towards 0, by this share of the learning rate per step
-    beta1: float = 0.9  # AdamW: memory of the gradient
-    beta2: float = 0.95  # AdamW: memory of its square
-    muon_momentum: float = 0.95  # Muon: memory of the gradient
-    grad_clip: float = 1.0  # longest gradient; 0 = no limit
+    weight_decay: float = 0.0  # decoupled: each step multiplies matrices by 1 - learning_rate * weight_decay
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay rate of the running mean of squared gradients
+    muon_momentum: float = 0.95  # Muon: decay rate of the running mean of gradients
+    grad_clip: float = 1.0  # clip the gradient's global norm to this; 0 = do not clip
     eval_interval: int = 250  # steps between evaluations (one more at the end)
     eval_iters: int = 0  # validation batches per evaluation; 0 = the whole split
     eval_only: bool = False  # evaluate once and exit
@@ -32,32 +33,21 @@ class TrainConfig:
     sample_interval: int = 0  # print a sample at evaluations whose step this divides, and at the last; 0 = never
     always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
     device: str = "auto"  # auto | cpu | cuda | cuda:1
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    compile: bool | str = "auto"  # torch.compile; auto = on CUDA
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA
     wandb_log: bool = False  # log to Weights & Biases as well
     wandb_project: str = "plaingpt"  # its project
     wandb_run_name: str = ""  # its name there; empty = out_dir's
 
     def __post_init__(self):
-        positive = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
-        lowest = dict.fromkeys(positive, 1)
-        lowest |= dict.fromkeys(
-            ("seed", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "sample_interval"), 0
-        )
-        for name, low in lowest.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if not 0 < self.learning_rate <= 1000:
-            raise ValueError(f"learning_rate must be positive and at most 1000, not {self.learning_rate}")
+        many = at_least(1).at_most(1_000_000)
+        share, below_one = at_least(0).at_most(1), at_least(0).below(1)
+        check_ranges(
+            self, batch_size=many, gradient_accumulation_steps=many, max_iters=at_least(1), eval_interval=at_least(1),
+            log_interval=at_least(1), seed=at_least(0), min_lr=at_least(0), warmup_iters=at_least(0),
+            weight_decay=at_least(0), grad_clip=at_least(0), eval_iters=at_least(0), sample_interval=at_least(0),
+            learning_rate=above(0).at_most(1000), decay_fraction=share, beta1=below_one, beta2=below_one,
+            muon_momentum=below_one,
+        )  # fmt: skip
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be between 0 and 1, not {self.decay_fraction}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name, allowed in {"optimizer": ("muon", "adamw"), "lr_schedule": SCHEDULES}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or auto, not {self.compile!r}")

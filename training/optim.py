@@ -14,8 +14,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-SCHEDULES = ("cosine", "wsd", "constant")
-
 
 def learning_rate_at(step: int, config) -> float:
     """The learning rate of update `step` (counted from 0), by config.lr_schedule.
