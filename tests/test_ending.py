@@ -158,7 +158,7 @@ def test_training_goes_on_when_nobody_reads_what_it_says(end, closed_pipe, monke
     closed_pipe("stdout")
     closed_pipe("stderr")
     assert end(train.main, outlives_readers=True) == (0, "", "")
-    assert [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()][-1:] == ["step_00000002", "step_00000004"]
+    assert (tmp_path / "r" / "checkpoints" / "step_00000004").is_dir()
     assert len((tmp_path / "r" / "log.jsonl").read_text().splitlines()) == 4 + 3
 
 

@@ -164,12 +164,17 @@ def test_a_prompt_begins_a_document_or_a_line():
 @pytest.mark.parametrize(
     "option", [{"max_new_tokens": 0}, {"num_samples": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0},
                {"top_p": 1.1}, {"seed": -1}, {"temperature": float("nan")}, {"min_p": -0.1}, {"min_p": 1.5},
-               {"repetition_penalty": 0.0}, {"length_penalty": 11.0}, {"num_beams": 0}, {"quantize": "int4"},
+               {"repetition_penalty": 0.0}, {"length_penalty": 11.0}, {"num_beams": 0},
                {"batch_size": 0}, {"num_samples": 5000}, {"stop": '["a", ""]'}, {"stop": "[1]"}], ids=str,
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be "):
         SampleConfig(**option)
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match="quantize must be one of none, int8, not 'int4'"):
+        read_options(["--quantize=int4"])
 
 
 @pytest.mark.parametrize(

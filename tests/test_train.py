@@ -388,7 +388,7 @@ def test_every_config_in_the_repository_builds(path):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("--learning_rate=0", "learning_rate must be positive"), ("--batch_size=0", "batch_size must be at least 1"),
+    [("--learning_rate=0", "learning_rate must be above 0"), ("--batch_size=0", "batch_size must be at least 1"),
      ("--optimizer=sgd", "muon, adamw"), ("--lr_schedule=x", "cosine, wsd, constant"), ("--beta1=1", "below 1"),
      ("--compile=maybe", "compile must be"), ("--learning_rate=1e999", "learning"), ("--device=tpu", "device must"),
      ("--device=cuda:99", "CUDA GPUs"), ("--dtype=int8", "dtype must be"), ("--block_size=100000", "block_size"),
