@@ -4,15 +4,14 @@ Notable:
 - one modern default (RoPE, RMSNorm, QK-norm, SwiGLU, no biases: the Qwen3 shape), the classic parts one option away;
 - attention twice behind one function: the textbook softmax written out, and PyTorch's fused kernel; they agree;
 - one mask function for causal, padded, packed and unmasked attention;
-- a KV cache in which every row of the batch has its own length, and beams may share a row;
-- nothing here knows about files, devices, processes or tokenizers.
+- nothing here knows about files, devices, processes or tokenizers; a KV cache is handed in from outside.
 
 Shapes: B batch, T time (queries), S time (keys), C = n_embd, H heads, K key/value heads, D = head_dim, V vocabulary.
 """
 
-import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn as nn
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE = -100  # a target with this value is not counted in the loss
-NOWHERE = 1 << 40  # the position of a cache's empty slot: behind every query, so that none sees it
 
 
 @dataclass
@@ -36,33 +34,28 @@ class GPTConfig:
     dropout: float = 0.0  # probability of dropping an activation in training
     bias: bool = False  # biases in linear layers and LayerNorms
     causal: bool = True  # each token sees only its past; False = both directions, as in BERT
-    position: str = "rope"  # rope | learned | sinusoidal | alibi | none
+    position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"  # how tokens know their places
     rope_theta: float = 10000.0  # base of the RoPE wavelengths; larger for longer contexts
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6  # added to the variance before its root is taken
     qk_norm: bool = True  # normalise queries and keys in each head, before the rotation
-    mlp: str = "swiglu"  # swiglu | gelu | relu2
+    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"
     tie_embeddings: bool = True  # the output head shares the token embedding's weights
     norm_head: bool = False  # unit-length rows in the output head (NormHead of Baichuan 2)
-    attention: str = "flash"  # flash = the fused kernel | math = the softmax written out
+    attention: Literal["flash", "math"] = "flash"  # flash: the fused kernel; math: the softmax written out
     label_smoothing: float = 0.0  # training: share of the target probability spread over the whole vocabulary
     max_z_loss: float = 0.0  # training: weight of (largest logit)^2; Baichuan 2 used 2e-4
 
     def __post_init__(self):
-        for name, allowed in {
-            "position": ("rope", "learned", "sinusoidal", "alibi", "none"),
-            "norm": ("rmsnorm", "layernorm"),
-            "mlp": ("swiglu", "gelu", "relu2"),
-            "attention": ("flash", "math"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("vocab_size", "n_kv_head", "head_dim", "mlp_dim", "max_z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)  # of a Literal, else ()
+            if allowed and value not in allowed:
+                raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
+        least = dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), 1)
+        least |= dict.fromkeys(("vocab_size", "n_kv_head", "head_dim", "mlp_dim", "max_z_loss"), 0)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
@@ -96,10 +89,10 @@ def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turn each pair (x_i, x_{i+D/2}) by its position's angle.
+    """Apply rotary position embedding: rotate each pair (x_i, x_{i+D/2}) by its position's angle.
 
     x: (B, H, T, D); cos, sin: (T, D/2) or (B, 1, T, D/2), from `rope_table` [Su et al. 2021, eq. 34].
-    Only the difference of two positions survives in q·k, which is the point.
+    The dot product of two rotated vectors depends only on the distance between their positions.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -112,7 +105,7 @@ def sinusoidal_table(length: int, n_embd: int) -> Tensor:
 
 
 def alibi_slopes(n_head: int) -> Tensor:
-    """How steeply each head's attention falls with distance: (H,), 2^(-8h/H) for h = 1…H.
+    """ALiBi's slope of each head, by which its attention scores fall per token of distance: (H,), 2^(-8h/H), h = 1…H.
 
     A number of heads that is no power of two takes the slopes of the power below it, and then every second one of
     the power above, as the authors' code does [Press et al. 2022, section 3].
@@ -127,76 +120,88 @@ def alibi_slopes(n_head: int) -> Tensor:
 # Attention
 
 
+class Mask(NamedTuple):
+    """Who may look at whom: the M of softmax(QKᵀ/√D + M)·V. The default hides nothing.
+
+    bias: broadcastable to (B, H, T, S), numbers to add to the scores, or booleans, True = visible.
+    causal: each query sees the keys up to its own, and T = S; the kernels know that without a bias.
+    may_have_empty_rows: whether a query may have nothing to attend to, which a softmax cannot express.
+    empty: (B or 1, H or 1, T, 1), which queries have nothing to attend to; filled in by `prepare_mask`.
+    """
+
+    bias: Tensor | None = None
+    causal: bool = False
+    may_have_empty_rows: bool = False
+    empty: Tensor | None = None
+
+
 def attention_mask(
     T: int, S: int, *, causal: bool = True, positions: Tensor | None = None, key_positions: Tensor | None = None,
     padding: Tensor | None = None, documents: Tensor | None = None, device: torch.device | None = None,
-) -> Tensor | str | None:  # fmt: skip
-    """Who may look at whom: query i at key j, for every way of masking.
+) -> Mask:  # fmt: skip
+    """The mask of T queries and S keys, for every way of masking.
 
-    causal: only at keys that stand no further than itself. positions (B, T), key_positions (B, S): where queries and
-    keys stand; by default the keys at 0…S-1 and the queries at the last T of these.
+    causal: a query sees only keys whose position is at most its own. positions (B, T), key_positions (B, S): where
+    queries and keys stand; by default the keys at 0…S-1 and the queries at the last T of these.
     padding: (B, S) True where a key is a real token. documents: (B, T) numbers; a packed row's tokens see only
     those with their own number (T = S).
-    Returns None when everything is visible, "causal" when that is the whole truth (the kernel then needs no mask),
-    else booleans (B or 1, 1, T, S), True = visible.
+    Only padding can leave a query with nothing to attend to: in all other cases it sees itself at least.
     """
     if padding is None and documents is None:
         if not causal or (positions is None and T == 1):
-            return None
+            return Mask()
         if positions is None and T == S:
-            return "causal"
+            return Mask(causal=True)
     if causal:
         i = torch.arange(S - T, S, device=device) if positions is None else positions
         j = torch.arange(S, device=i.device) if key_positions is None else key_positions
-        mask = j.view(-1, 1, S) <= i.view(-1, T, 1)
+        visible = j.view(-1, 1, S) <= i.view(-1, T, 1)
     else:
-        mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
+        visible = torch.ones(1, T, S, dtype=torch.bool, device=device)
     if padding is not None:
-        mask = mask & padding[:, None, :]
+        visible = visible & padding[:, None, :]
     if documents is not None:
-        mask = mask & (documents[:, :, None] == documents[:, None, :])
-    return mask.unsqueeze(1)
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    return Mask(visible.unsqueeze(1), may_have_empty_rows=padding is not None)
 
 
-def prepare_mask(mask: Tensor | str | None, dtype: torch.dtype, dead: bool = True) -> tuple:
-    """A mask as the kernels want it, once for all layers: numbers to add, and which queries may look at nothing.
+def prepare_mask(mask: Mask, dtype: torch.dtype) -> Mask:
+    """The mask as the kernels want it, once for all layers: numbers to add, in which every query sees something.
 
-    A softmax over nothing is 0/0: such a query is let look anywhere here, and `attention` takes away what it saw.
-    dead: may there be such queries?
+    The softmax of a query with nothing to attend to is 0/0. It sees everything here, and `attention` sets its result
+    to 0.
     """
-    if not isinstance(mask, Tensor):
-        return mask, None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    if not dead:
-        return mask.to(dtype), None
-    nothing = (mask == -torch.inf).all(-1, keepdim=True)
-    return mask.to(dtype).masked_fill(nothing, 0), nothing
+    bias = mask.bias
+    if bias is None or mask.empty is not None:
+        return mask
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -torch.inf)
+    bias = bias.to(dtype)
+    if not mask.may_have_empty_rows:
+        return mask._replace(bias=bias)
+    empty = (bias == -torch.inf).all(-1, keepdim=True)
+    return mask._replace(bias=bias.masked_fill(empty, 0), empty=empty)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | tuple | None = None, *, dropout: float = 0.0,
-    kind: str = "flash",
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, *, dropout: float = 0.0, kind: str = "flash"
+) -> Tensor:
     """softmax(QKᵀ/√D + M)·V [Vaswani et al. 2017, eq. 1]; the same for self- and cross-attention.
 
-    q: (B, H, T, D); k, v: (B, K, S, D), each key/value head serving H/K query heads.
-    mask: None, "causal" (T = S), booleans (True = visible) or numbers M to add, broadcastable to (B, H, T, S), or what
-    `prepare_mask` made of it.
-    A query that may look at nothing gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
+    q: (B, H, T, D); k, v: (B, K, S, D), each key/value head serving H/K query heads. mask: None hides nothing.
+    A query with nothing to attend to gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
     "flash" fuses it, and never holds them. Returns (B, H, T, D).
     """
-    M, dead = mask if isinstance(mask, tuple) else prepare_mask(mask, q.dtype)
-    causal = isinstance(M, str)
+    M, causal, _, empty = prepare_mask(mask or Mask(), q.dtype)
     B, H, T, D = q.shape
     G = H // k.size(1)  # grouped-query attention [Ainslie et al. 2023]
     if G > 1 and T == k.size(2):
         k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
-    elif G > 1:  # decoding: a group's queries are asked as if of one head, rather than to copy all keys for each
+    elif G > 1:  # decoding: the G queries of a group become G·T queries of one head, so that no key is copied
         q = q.reshape(B, H // G, G * T, D)
         M = M if M is None else M.expand(B, H, T, k.size(2)).reshape(B, H // G, G * T, k.size(2))
     if kind == "flash":
-        M = None if causal or M is None else M.to(q.dtype)
+        M = M if M is None else M.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=causal, dropout_p=dropout)
     else:
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
@@ -207,97 +212,7 @@ def attention(
             scores = scores + M
         y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
     y = y.reshape(B, H, T, D)
-    return y if dead is None else y.masked_fill(dead, 0)
-
-
-class KVCache:
-    """Keys and values of the tokens read so far, for every layer: two tensors (n_layer, B, K, max_length, D).
-
-    A token takes the next slot, and `positions` (B, max_length) says where in its row's text it stands: a query sees
-    the slots that stand no further than itself. Prompts of different lengths are read as one right-padded batch; the
-    slots of their padding stand NOWHERE, and no query sees them.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.block_size = config.block_size
-        self.positions = torch.full((batch_size, max_length), NOWHERE, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # of each row's text
-        self.longest = 0  # = lengths.max(), known without asking the device
-        self.used = 0  # slots taken
-        self.padded = False  # does one of them stand NOWHERE?
-        self.slots: slice | Tensor = slice(0)  # those of the tokens now being read
-        self.frozen = False
-
-    def freeze(self) -> None:
-        """From now on give every token the same shapes and addresses, as compilers and CUDA graphs want them.
-
-        Attention then runs over all max_length slots, and nobody checks that a new token finds room.
-        """
-        self.frozen, self.slots = True, torch.tensor([self.used - 1], device=self.k.device)
-
-    def place(self, T: int, positions: Tensor | None = None) -> Tensor:
-        """Take the next T slots (1, if frozen); returns where their tokens stand, (B, T), by default next."""
-        if self.frozen:
-            self.slots += 1
-        else:
-            if positions is None and self.longest + T > self.block_size:
-                raise ValueError(f"{self.longest + T} tokens do not fit into block_size={self.block_size}; pass fewer")
-            if self.used + T > (room := self.k.size(3)):
-                raise ValueError(f"the cache holds {room} tokens: {self.used} are in, {T} more do not fit")
-            self.slots = slice(self.used, self.used + T)
-            self.used += T
-        if positions is None:
-            positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
-        self.positions[:, self.slots] = positions
-        return positions
-
-    def key_positions(self) -> Tensor:
-        """Where the tokens of all slots taken so far stand, (B, S)."""
-        return self.positions if self.frozen else self.positions[:, : self.used]
-
-    def mask(self, positions: Tensor) -> Tensor | str | None:
-        """Which of the S slots each of the T tokens just placed sees: everything in its row that stands before it."""
-        T, keys = positions.size(1), self.key_positions()
-        # One token after a past of even length sees all of it; an empty cache is plain causal attention.
-        if not self.padded and not self.frozen and T in (1, self.used):
-            return attention_mask(T, self.used)
-        return attention_mask(T, keys.size(1), positions=positions, key_positions=keys)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of one layer in the slots just taken; return all there is of it, (B, K, S, D)."""
-        S = self.key_positions().size(1)
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[:, :, self.slots] = new.to(store.dtype)
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
-
-    def advance(self, T: int, lengths: list[int] | None = None) -> None:
-        """Count the T tokens just placed as real, or only the first lengths[b] of them in row b."""
-        if lengths is None:
-            self.lengths += T
-            self.longest += 0 if self.frozen else T
-        else:
-            real = torch.tensor(lengths, device=self.lengths.device)
-            beyond = torch.arange(T, device=real.device) >= real[:, None]  # (B, T)
-            self.positions[:, self.slots].masked_fill_(beyond, NOWHERE)
-            self.padded |= min(lengths) < T
-            self.lengths += real
-            self.longest = int(self.lengths.max())
-
-    def regroup(self, rows: Tensor, room: int) -> "KVCache":
-        """A cache whose row b holds this one's rows `rows[b]`, side by side, and `room` slots more.
-
-        rows: (B, n). n = 1 repeats and reorders rows; with n > 1 lengths mean nothing, and `visible` must be given.
-        """
-        new = copy.copy(self)
-        new.k, new.v = (
-            F.pad(x[:, rows, :, : self.used].transpose(2, 3).flatten(3, 4), (0, 0, 0, room)) for x in (self.k, self.v)
-        )
-        new.positions = F.pad(self.positions[rows, : self.used].flatten(1), (0, room), value=NOWHERE)
-        new.lengths, new.used = self.lengths[rows[:, 0]], self.used * rows.size(1)
-        return new
+    return y if empty is None else y.masked_fill(empty, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +235,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention: project to queries, keys and values, place them, mix, project back."""
+    """Self-attention: project to queries, keys and values, apply positions, attend, project back."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -331,7 +246,7 @@ class Attention(nn.Module):
         self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask: Mask, cache) -> Tensor:
         config = self.config
         B, T, _ = x.shape
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
@@ -364,7 +279,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): each part adds its word to the residual stream."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): each part adds its output to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -372,7 +287,7 @@ class Block(nn.Module):
         self.norm_mlp, self.mlp = Norm(config, config.n_embd), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope, mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask: Mask, cache) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_attention(x), rope, mask, cache))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
@@ -432,10 +347,8 @@ class GPT(nn.Module):
         """
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
         std = {
-            "tok_emb": 0.02 if self.config.tie_embeddings else 0.1, "pos_emb": 0.02,
-            "qkv": 0.02, "out": residual,
-            "up": 0.02, "down": residual,
-            "head": 0.02,
+            "tok_emb": 0.02 if self.config.tie_embeddings else 0.1, "pos_emb": 0.02, "head": 0.02,
+            "qkv": 0.02, "out": residual, "up": 0.02, "down": residual,
         }  # fmt: skip
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and not (name == "head" and self.config.tie_embeddings):
@@ -445,46 +358,45 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, positions: Tensor | None = None,
-        padding: Tensor | None = None, documents: Tensor | None = None, cache: KVCache | None = None,
-        lengths: list[int] | None = None, visible: Tensor | None = None, last_only: bool = False,
+        padding: Tensor | None = None, documents: Tensor | None = None, cache=None, last_only: bool = False,
         target_count: Tensor | int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Logits (B, T, V) for idx (B, T), and the mean loss over targets (B, T) that are not IGNORE.
 
+        A training step (targets given, training mode) returns (None, loss): logits that leave the function would cost
+        the backward pass a gradient of their size, all zeros.
         positions: (B, T) or (T,), where 0, 1, 2… from each row's start will not do (packing). padding, documents:
-        see `attention_mask`. cache: read idx as the continuation of what it holds, and add it; lengths: then, how many
-        tokens of each right-padded row are real. visible: (B, T, S) which of the cache's slots, the T new ones
-        included, each token sees, if not simply its row's past (beams that share a row); then positions, below
-        block_size, must be given too. last_only: logits of each row's last real token only, (B, 1, V).
-        target_count: divide the summed loss by this instead of by the number of counted targets (a step's micro-batches
-        then add up to one mean). ValueError: more tokens than block_size, or than the cache can hold.
+        see `attention_mask`. cache: read idx as the continuation of what it holds, and add it (a KVCache of
+        decoding/cache.py, or anything with its place, append, last and advance). last_only: logits of each row's last
+        real token only, (B, 1, V). target_count: divide the summed loss by this instead of by the number of counted
+        targets (a step's micro-batches then add up to one mean). ValueError: more tokens than block_size, or than the
+        cache can hold.
         """
         B, T = idx.shape
-        keys, counted = None, positions is None
+        config, key_positions = self.config, None
         if cache is None:
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}; pass fewer")
-            causal = self.config.causal
-            mask = attention_mask(T, T, causal=causal, padding=padding, documents=documents, device=idx.device)
+            if T > config.block_size:
+                raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}; pass fewer")
+            mask = attention_mask(T, T, causal=config.causal, padding=padding, documents=documents, device=idx.device)
+        elif not config.causal or padding is not None or documents is not None:
+            raise ValueError("a cache needs causal=True, and lengths in the place of padding and documents")
         else:
-            if not self.config.causal or padding is not None or documents is not None:
-                raise ValueError("a cache needs causal=True, and lengths in the place of padding and documents")
-            positions = cache.place(T, positions)
-            keys = cache.key_positions()
-            mask = cache.mask(positions) if visible is None else visible.unsqueeze(1)
-        x, rope, mask = self.embed(idx, positions, mask, keys)
-        mask = prepare_mask(mask, x.dtype, dead=cache is None)  # in a cache, each token sees itself at least
+            positions, key_positions, mask = cache.place(T)
+        x, rope, mask = self.embed(idx, positions, mask, key_positions)
+        mask = prepare_mask(mask, x.dtype)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
-        if cache is not None and counted:
-            cache.advance(T, lengths)
         if last_only:
-            last = torch.full((B,), T - 1) if lengths is None else torch.tensor(lengths) - 1
-            x = x[torch.arange(B), last].unsqueeze(1)
+            x = x[:, -1:] if cache is None else x[torch.arange(B), cache.last(T)].unsqueeze(1)
+        if cache is not None:
+            cache.advance(T)
         logits = self.head(self.norm(x))
-        return logits, None if targets is None else self.loss(logits, targets, target_count)
+        if targets is None:
+            return logits, None
+        loss = self.loss(logits, targets, target_count)
+        return None if self.training else logits, loss
 
-    def embed(self, idx: Tensor, positions: Tensor | None, mask, keys: Tensor | None):
+    def embed(self, idx: Tensor, positions: Tensor | None, mask: Mask, key_positions: Tensor | None):
         """Where position enters, scheme by scheme: returns x (B, T, C), RoPE's (cos, sin) or None, and the mask."""
         T, kind = idx.size(1), self.config.position
         at = slice(T) if positions is None else positions
@@ -496,14 +408,14 @@ class GPT(nn.Module):
         elif kind == "rope":
             rope = tuple(table[at] if positions is None or positions.dim() == 1 else table[at].unsqueeze(1)
                          for table in (self.cos, self.sin))  # fmt: skip
-        elif kind == "alibi":  # no positions: M falls by the head's slope per token of distance
-            j = torch.arange(T, device=idx.device) if keys is None else keys
-            i = j if keys is None else positions
+        elif kind == "alibi":  # the bias falls by the head's slope per token of distance
+            j = torch.arange(T, device=idx.device) if key_positions is None else key_positions
+            i = j if key_positions is None else positions
             distance = (i.view(-1, 1, T, 1) - j.view(-1, 1, 1, j.size(-1))).abs()
             bias = -self.slopes.view(-1, 1, 1) * distance  # (B or 1, H, T, S)
-            if isinstance(mask, str):
-                mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+            visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril() if mask.causal else mask.bias
+            bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
+            mask = Mask(bias, may_have_empty_rows=mask.may_have_empty_rows)
         return self.dropout(x), rope, mask
 
     def loss(self, logits: Tensor, targets: Tensor, target_count: Tensor | int | None = None) -> Tensor:
@@ -521,14 +433,6 @@ class GPT(nn.Module):
         if target_count is None:
             target_count = (targets != IGNORE).sum().clamp(min=1)
         return loss / target_count
-
-    def stacked_rows(self) -> dict[str, list[int]]:
-        """Weights that hold several matrices on top of each other, with each one's number of rows."""
-        config = self.config
-        stacks = {"qkv.weight": [config.head_dim * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]}
-        if config.mlp == "swiglu":
-            stacks["up.weight"] = [config.mlp_dim, config.mlp_dim]
-        return {n: rows for n, _ in self.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
 
     def num_params(self) -> int:
         """Number of weights; tied ones count once."""

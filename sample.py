@@ -37,7 +37,8 @@ from decoding.prompt import (
     text_or_file,
     typed_text,
 )
-from decoding.stream import Token, generate, log_likelihood, prompt_tokens, stream
+from decoding.score import log_likelihood
+from decoding.stream import Token, generate, prompt_tokens, stream
 from decoding.text import Text, note, read_stops, show
 from runs.run import Run
 from text.chat import Template

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.config import help_text, read_arguments
@@ -71,7 +71,9 @@ class Trainer:
         if self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
         compiled = config.compile is True or config.compile == "auto" and process.device.type == "cuda"
-        self.evaluator: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+        # Padded batches have many lengths: there the compiler may make the length a variable.
+        dynamic = False if task.fixed_shapes else None
+        self.evaluator: Any = torch.compile(model, dynamic=dynamic) if compiled else model
         self.network: Any = self.evaluator  # has no_sync if it is data-parallel
         if process.world_size > 1:
             self.network = DistributedDataParallel(self.evaluator)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from decoding.cache import NOWHERE, KVCache
+from decoding.kernels import read_tokens
 from decoding.stream import check_finite, check_prompts, context_start, read
-from model import GPT, NOWHERE, KVCache
+from model import GPT
 
 
 @dataclass
@@ -149,4 +151,4 @@ def step_beams(model: GPT, searches: list[Search], last: list[int], cache: KVCac
     positions = torch.tensor(last, device=device)[:, None].expand(-1, W)
     each = torch.arange(W, device=device)
     visible[:, each, cache.used + each] = True
-    return model(idx, cache=cache, positions=positions, visible=visible[:, :, : cache.used + W])[0]
+    return read_tokens(model, idx, cache=cache.expect(positions=positions, visible=visible[:, :, : cache.used + W]))

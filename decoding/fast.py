@@ -7,12 +7,15 @@ be trained nor saved. Each but int8 is proven equal to the plain model in tests/
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, Head, KVCache
+from decoding.cache import KVCache
+from decoding.kernels import read_tokens
+from model import GPT, Head
 
 WORTH_RECORDING = 8  # steps from which a CUDA graph saves more time than its recording takes
 ROWS = 16  # rows that packed weights are laid out for; it serves 1 as well, and thousands
@@ -105,7 +108,13 @@ def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
     room = cache.k.size(3) - cache.used
     if cache.k.device.type == "cuda" and room >= WORTH_RECORDING:
         return GraphedStep(model, cache)
-    return lambda idx: model(idx, cache=cache)[0]
+    return lambda idx: read_tokens(model, idx, cache=cache)
+
+
+@lru_cache
+def recording_stream(device: torch.device):
+    """The stream on which a device's graphs are recorded. One for all: each has a cuBLAS workspace of its own."""
+    return torch.cuda.Stream(device)
 
 
 class GraphedStep:
@@ -119,17 +128,17 @@ class GraphedStep:
         cache.freeze()
         self.idx = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=self.device)
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
+            side = recording_stream(self.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # the first calls choose kernels and workspaces, and cannot be recorded
                 for _ in range(2):
-                    model(self.idx, cache=cache)
+                    read_tokens(model, self.idx, cache=cache)
                     cache.slots -= 1  # forget the token again: the next one takes its slot
                     cache.lengths -= 1
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side):
-                self.logits, _ = model(self.idx, cache=cache)
+                self.logits = read_tokens(model, self.idx, cache=cache)
 
     def __call__(self, idx: Tensor) -> Tensor:
         with torch.cuda.device(self.device):

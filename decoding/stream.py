@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from decoding.cache import KVCache
 from decoding.fast import next_step
-from model import GPT, KVCache
+from decoding.kernels import read_tokens
+from model import GPT
 from text.tokenizer import Tokenizer
 
 DRAWN = 1024  # random numbers drawn at once per row
-SCORE_BATCH = 8  # windows of a text that are read at once to score it
 
 
 class Token(NamedTuple):
@@ -83,7 +83,7 @@ def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1)
     T = max(lengths)
     idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in number], device=weight.device)
     cache = KVCache(model.config, len(number), T, weight.device, weight.dtype)
-    logits, _ = model(idx, cache=cache, lengths=lengths, last_only=True)
+    logits = read_tokens(model, idx, cache=cache.expect(lengths=lengths), last_only=True)
     rows = torch.tensor(rows, device=weight.device)
     return logits[rows, -1], cache.regroup(rows.view(-1, side_by_side), room)
 
@@ -172,30 +172,3 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **option
     """The new tokens of each prompt, the closing eos_id included; the options are those of `stream`."""
     columns = list(stream(model, prompts, max_new_tokens, **options))
     return [[column[i].id for column in columns if column[i] is not None] for i in range(len(prompts))]
-
-
-@torch.inference_mode()
-def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None, progress: bool = False) -> Tensor:
-    """log p of each token but the first, (n - 1,), given what generation would see of those before it."""
-    if not model.config.causal:
-        raise ValueError("causal=False: a model that sees its future gives no probabilities of a text")
-    check_prompts([tokens], model.config.vocab_size)
-    block_size, device = model.config.block_size, model.tok_emb.weight.device
-    windows, start, done = [], 0, 1  # `done` tokens have their probability
-    while done < len(tokens):
-        end = min(start + block_size, len(tokens) - 1)  # the last token is predicted, never read
-        windows.append((start, done, end))
-        done = end + 1
-        start = context_start(done, block_size)
-    parts = [torch.zeros(0)]
-    for i in tqdm(range(0, len(windows), SCORE_BATCH), desc="score", disable=None if progress else True):
-        batch = windows[i : i + SCORE_BATCH]
-        T = max(end - start for start, _, end in batch)
-        idx = [tokens[start:end] + [0] * (T - end + start) for start, _, end in batch]
-        logits, _ = model(torch.tensor(idx, device=device))
-        for row, (start, done, end) in zip(logits, batch, strict=True):
-            logprobs = row[done - start - 1 : end - start, :vocab_size].float().log_softmax(-1)
-            targets = torch.tensor(tokens[done : end + 1], device=device)
-            parts.append(logprobs.gather(1, targets[:, None])[:, 0].cpu())
-    check_finite(torch.cat(parts).sum().item())
-    return torch.cat(parts)

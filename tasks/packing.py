@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.spread import evenly
 from text.chat import Message, Template
 from text.corpus import IGNORED, epoch_order
 
@@ -124,16 +125,23 @@ class Rows:
         return self.collate([self.rows[(start + n - step * batch_size) % len(self.rows)] for n in wanted])
 
     def all_batches(self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int = 0) -> Iterator[dict]:
-        """Every row once, for evaluation, or at most `limit` batches; each process gets every world_size-th batch."""
+        """Every row once, for evaluation, or at most `limit` batches; each process gets every world_size-th batch.
+
+        All packed batches have one shape, so that a compiled model is compiled once: rows without any counted target
+        fill up the last one.
+        """
         starts = list(range(0, len(self.rows), batch_size))
-        if 0 < limit < len(starts):
-            starts = [starts[i * len(starts) // limit] for i in range(limit)]
+        if limit:
+            starts = [starts[i] for i in evenly(limit, len(starts))]
+        B = min(batch_size, len(self.rows))
         for start in starts[rank::world_size]:
-            yield self.collate(self.rows[start : start + batch_size])
+            rows = self.rows[start : start + batch_size]
+            filling = [[]] * (B - len(rows)) if self.packing else []
+            yield self.collate([*rows, *filling])
 
     def collate(self, rows: list[list[int]]) -> dict[str, Tensor]:
         """idx and targets (B, T), counted where the assistant speaks; for packed rows positions and documents too."""
-        longest = max(len(self.examples[row[0]].tokens) - 1 for row in rows)
+        longest = max(len(self.examples[i].tokens) - 1 for row in rows for i in row)
         T = self.block_size if self.packing else min(self.block_size, -(-longest // MULTIPLE) * MULTIPLE)
         shape = (len(rows), T)
         idx, targets, positions = np.zeros(shape, int), np.full(shape, IGNORED), np.zeros(shape, int)

@@ -73,6 +73,7 @@ def pretraining_task(corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, 
         tokens_per_byte=corpus.num_tokens("val") / corpus.num_bytes("val"),
         tokens_per_step=whole * block_size,
         steps_per_pass=corpus.num_tokens("train") / (whole * block_size),
+        fixed_shapes=True,
         tokenizer=tokenizer,
         preview=lambda model: preview_text(model, tokenizer, config.seed),
     )

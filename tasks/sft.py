@@ -78,6 +78,7 @@ def conversation_task(data: Conversations, config: TrainConfig, sft: FinetuneCon
         tokens_per_byte=data.val.response_tokens / max(1, data.val.response_bytes),
         tokens_per_step=round(whole * tokens_per_row),
         steps_per_pass=len(train.rows) / whole,
+        fixed_shapes=sft.packing,
         tokenizer=data.template.tokenizer,
         preview=lambda model: preview_answers(model, data.questions, data.template, sft),
     )

@@ -20,6 +20,7 @@ class Task:
     tokens_per_byte: float  # of the validation text; turns a loss per token into bits per byte
     tokens_per_step: int  # on average
     steps_per_pass: float  # steps that read the training data once
+    fixed_shapes: bool  # whether all training batches have one shape, and all validation batches
     tokenizer: Tokenizer
     preview: Callable[[GPT], str]  # what to show of the model as it is now, at every sample_interval
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from decoding.beam import beam_search
+from decoding.cache import KVCache
 from decoding.stream import context_start, generate
-from model import GPT, KVCache
+from model import GPT
 from tests.helpers import POSITIONS
 from tests.twins import gpt2_twins, qwen3_twins
 

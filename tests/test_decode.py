@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.stream import choose, context_start, generate, log_likelihood, penalize, stream
+from decoding.beam import beam_search
+from decoding.score import log_likelihood
+from decoding.stream import choose, context_start, generate, penalize, stream
 from model import GPT
 from tests.helpers import POSITIONS, assert_close, random, tokens
 from tests.twins import gpt2_twins, qwen3_twins
@@ -337,3 +339,19 @@ def test_sampled_frequencies_match_the_softmax(tiny_gpt, temperature):
     assert expected.min() > 5  # what the test of the next line asks for
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 24.3  # 7 degrees of freedom: exceeded by chance once in a thousand
+
+
+def test_decoding_never_uses_cudnns_attention_and_leaves_the_callers_choice_alone(tiny_gpt, monkeypatch):
+    model, enabled, forward = tiny_gpt(), [], GPT.forward
+
+    def watched(self, *args, **options):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    for _ in stream(model, [[1, 2], [3]], 20):  # reading, steps, and reading again when the context is full
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # also while the generator waits
+    beam_search(model, [[1, 2], [3]], 5, num_beams=3)
+    log_likelihood(model, list(range(20)))
+    assert len(enabled) > 20 and not any(enabled)

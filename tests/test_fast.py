@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from decoding.beam import beam_search
+from decoding.cache import KVCache
 from decoding.fast import Int8Linear, PackedLinear, SplitLinear, next_step, speed_up
 from decoding.stream import generate
-from model import GPT, GPTConfig, Head, KVCache
+from model import GPT, GPTConfig, Head
 from tests.helpers import assert_close, tokens
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
@@ -93,7 +94,7 @@ def test_steps_of_fixed_shape_equal_plain_steps_compiled_as_one_graph_without_re
     torch._dynamo.reset()
     step = torch.compile(lambda idx: model(idx, cache=fixed)[0], backend=backend, fullgraph=True)
     for cache in (plain, fixed):
-        model(idx[:, :6], cache=cache, lengths=[3, 6, 1])
+        model(idx[:, :6], cache=cache.expect(lengths=[3, 6, 1]))
     fixed.freeze()
     for t in range(6, 14):
         expected = next_step(model, plain)(idx[:, t : t + 1])

@@ -6,7 +6,7 @@ import torch
 
 from model import GPT, GPTConfig
 from training.config import TrainConfig
-from training.optim import Muon, learning_rate_at, make_optimizers, orthogonalize
+from training.optim import Muon, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
 
 LR = 0.01
 CONFIG = TrainConfig(learning_rate=LR, weight_decay=0.1)
@@ -216,7 +216,7 @@ def test_muon_knows_which_weights_are_stacks(options):
     muon, _ = make_optimizers(model, CONFIG)
     names = {weight: name for name, weight in model.named_parameters()}
     for weight, rows in zip(muon.param_groups[0]["params"], muon.rows, strict=True):
-        assert rows == model.stacked_rows().get(names[weight], [weight.size(0)])
+        assert rows == stacked_rows(model).get(names[weight], [weight.size(0)])
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from model import GPT
+
 
 def learning_rate_at(step: int, config) -> float:
     """The learning rate of update `step` (counted from 0), by config.lr_schedule.
@@ -41,7 +43,8 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     [Jordan et al. 2024, Muon: an optimizer for hidden layers]
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if G.is_cuda else G  # the iteration forgives rounding
+    fast_bfloat16 = G.is_cuda and torch.cuda.get_device_capability(G.device) >= (8, 0)  # older GPUs emulate it
+    X = G.bfloat16() if fast_bfloat16 else G  # the iteration forgives rounding
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -81,13 +84,22 @@ class Muon(torch.optim.Optimizer):
                 w.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def make_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
+def stacked_rows(model: GPT) -> dict[str, list[int]]:
+    """The weights that hold several matrices on top of each other, with each matrix's number of rows."""
+    config = model.config
+    stacks = {"qkv.weight": [config.head_dim * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]}
+    if config.mlp == "swiglu":
+        stacks["up.weight"] = [config.mlp_dim, config.mlp_dim]
+    return {n: rows for n, _ in model.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
+
+
+def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
     """The optimizers that together own every weight that trains: [Muon, AdamW], or [AdamW] for optimizer='adamw'.
 
     Muon takes the 2-d weights inside the blocks. Weight decay applies to 2-d weights only: decaying a norm or a
     bias would pull the function, not its complexity.
     """
-    rows = model.stacked_rows()
+    rows = stacked_rows(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = {n: p for n, p in named if config.optimizer == "muon" and p.dim() == 2 and n.startswith("blocks.")}
     rest = [p for n, p in named if n not in hidden]
@@ -95,7 +107,7 @@ def make_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     if hidden:
         stacks = [rows.get(n, [p.size(0)]) for n, p in hidden.items()]
         muon = Muon(list(hidden.values()), stacks, config.learning_rate, config.muon_momentum, config.weight_decay)

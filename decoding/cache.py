@@ -1,0 +1,142 @@
+"""The KV cache: keys and values of the tokens read so far, handed to the model from outside.
+
+Notable: every row of the batch has its own length, and beams may share a row. The model calls `place` when it begins to
+read tokens, `append` in each layer, and `advance` when it has read them.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model import GPTConfig, Mask, attention_mask
+
+NOWHERE = 1 << 40  # position of an empty cache slot: larger than any query's, so the causal mask hides it
+
+
+class Coming(NamedTuple):
+    """What is special about the tokens that are read next; see `KVCache.expect`."""
+
+    lengths: list[int] | None = None
+    positions: Tensor | None = None
+    visible: Tensor | None = None
+
+
+class KVCache:
+    """Keys and values of all layers: two tensors (n_layer, B, K, max_length, D).
+
+    A token takes the next slot, and `positions` (B, max_length) says where in its row's text it stands: a query sees
+    the slots whose position is at most its own. Prompts of different lengths are read as one right-padded batch; the
+    slots of their padding get the position NOWHERE, and no query sees them.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.block_size = config.block_size
+        self.positions = torch.full((batch_size, max_length), NOWHERE, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # of each row's text
+        self.longest = 0  # = lengths.max(), known without asking the device
+        self.used = 0  # slots taken
+        self.padded = False  # whether a slot that is taken holds padding
+        self.slots: slice | Tensor = slice(0)  # those of the tokens now being read
+        self.frozen = False
+        self.coming = Coming()
+
+    def expect(
+        self, *, lengths: list[int] | None = None, positions: Tensor | None = None, visible: Tensor | None = None
+    ) -> "KVCache":
+        """Say what is special about the tokens (B, T) that the next call of the model reads; returns the cache itself.
+
+        lengths: how many tokens of each right-padded row are real; by default all.
+        positions (B, T), below block_size, with visible (B, T, S): where the tokens stand, and which of the cache's
+        slots, the T new ones included, each of them sees, if that is not simply its row's past (beams that share a
+        row). Rows' lengths then stay as they are.
+        """
+        self.coming = Coming(lengths, positions, visible)
+        return self
+
+    def freeze(self) -> None:
+        """From now on give every token the same shapes and addresses, as compilers and CUDA graphs want them.
+
+        Attention then runs over all max_length slots, and nobody checks that a new token finds room.
+        """
+        self.frozen, self.slots = True, torch.tensor([self.used - 1], device=self.k.device)
+
+    def place(self, T: int) -> tuple[Tensor, Tensor, Mask]:
+        """Take the next T slots (1, if frozen) for tokens (B, T).
+
+        Returns their positions (B, T), the positions of all S slots taken so far (B, S), and who sees whom.
+        """
+        lengths, positions, visible = self.coming
+        if isinstance(self.slots, Tensor):  # frozen
+            self.slots += 1
+        else:
+            if positions is None and self.longest + T > self.block_size:
+                raise ValueError(f"{self.longest + T} tokens do not fit into block_size={self.block_size}; pass fewer")
+            if self.used + T > (room := self.k.size(3)):
+                raise ValueError(f"the cache holds {room} tokens: {self.used} are in, {T} more do not fit")
+            self.slots = slice(self.used, self.used + T)
+            self.used += T
+        if positions is None:
+            positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        self.positions[:, self.slots] = positions
+        mask = self.mask(positions) if visible is None else Mask(visible.unsqueeze(1))
+        return positions, self.key_positions(), mask
+
+    def key_positions(self) -> Tensor:
+        """Where the tokens of all slots taken so far stand, (B, S)."""
+        return self.positions if self.frozen else self.positions[:, : self.used]
+
+    def mask(self, positions: Tensor) -> Mask:
+        """Which of the S slots each of the T tokens just placed sees: everything in its row up to itself."""
+        T, keys = positions.size(1), self.key_positions()
+        # One token after a past without padding sees all of it; an empty cache is plain causal attention.
+        if not self.padded and not self.frozen and T in (1, self.used):
+            return attention_mask(T, self.used)
+        return attention_mask(T, keys.size(1), positions=positions, key_positions=keys)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of one layer in the slots just taken; returns all there is of it, (B, K, S, D)."""
+        S = self.key_positions().size(1)
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[:, :, self.slots] = new.to(store.dtype)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def last(self, T: int) -> Tensor:
+        """The index, among the T tokens now being read, of each row's last real one: (B,)."""
+        lengths = self.coming.lengths
+        return torch.full((len(self.lengths),), T - 1) if lengths is None else torch.tensor(lengths) - 1
+
+    def advance(self, T: int) -> None:
+        """Count the T tokens just placed as real, or as many of each row as was expected."""
+        lengths, positions, _ = self.coming
+        if positions is None and lengths is None:
+            self.lengths += T
+            self.longest += 0 if self.frozen else T
+        elif positions is None:
+            real = torch.tensor(lengths, device=self.lengths.device)
+            beyond = torch.arange(T, device=real.device) >= real[:, None]  # (B, T)
+            self.positions[:, self.slots].masked_fill_(beyond, NOWHERE)
+            self.padded |= min(lengths) < T
+            self.lengths += real
+            self.longest = int(self.lengths.max())
+        self.coming = Coming()
+
+    def regroup(self, rows: Tensor, room: int) -> "KVCache":
+        """A cache whose row b holds this one's rows `rows[b]`, side by side, and `room` slots more.
+
+        rows: (B, n). n = 1 repeats and reorders rows: [[0], [0], [2]] makes two copies of row 0, and drops row 1.
+        With n = 2, [[0, 1], [2, 3]] makes rows of twice the length, for beams that share a row; lengths then mean
+        nothing, and `visible` must be given with every call.
+        """
+        new = copy.copy(self)
+        new.k, new.v = (
+            F.pad(x[:, rows, :, : self.used].transpose(2, 3).flatten(3, 4), (0, 0, 0, room)) for x in (self.k, self.v)
+        )
+        new.positions = F.pad(self.positions[rows, : self.used].flatten(1), (0, room), value=NOWHERE)
+        new.lengths, new.used = self.lengths[rows[:, 0]], self.used * rows.size(1)
+        return new

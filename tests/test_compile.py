@@ -1,0 +1,81 @@
+"""What the compiler sees of a run: how many graphs, of which shapes, and the gradients that they are given.
+
+The graphs are counted by a backend that runs them as they are, so no C++ compiler is needed.
+"""
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import default_partition
+
+from tests.test_runs import SHAPE, SHORT, call, pretrain, talk, tune  # noqa: F401
+
+VOCABULARY = 29  # of the test corpus; no other size of the tests' models is equal to it, nor to it with chat tokens
+
+
+class Graphs(list):
+    """The graphs of a compiled model: [(shapes of the int64 inputs, whether a symbolic size is among the inputs)].
+
+    tangents: the shapes of the gradients that backward graphs are given.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.tangents = []
+
+    def forward(self, graph, inputs):
+        integers = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64]
+        symbolic = any(isinstance(x, torch.SymInt) for x in inputs) or any(
+            isinstance(n, torch.SymInt) for x in inputs if isinstance(x, torch.Tensor) for n in x.shape
+        )
+        self.append((integers, symbolic))
+        return aot_autograd(
+            fw_compiler=lambda g, _: make_boxed_func(g.forward),
+            bw_compiler=self.backward,
+            partition_fn=default_partition,
+        )(graph, inputs)
+
+    def backward(self, graph, inputs):
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        self.tangents += [tuple(x.shape) for name, x in zip(names, inputs, strict=True) if name.startswith("tangents")]
+        return make_boxed_func(graph.forward)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compile with a backend that counts; every recompilation limit is an error."""
+    torch._dynamo.reset()
+    found, compile_ = Graphs(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=found.forward, **options))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield found
+    torch._dynamo.reset()
+
+
+COMPILED = ["--compile=True", "--sample_interval=4", "--max_iters=8"]  # evaluated and shown at 0, 4 and 8
+
+
+def check(graphs):
+    assert len(graphs) == 2 and not any(symbolic for _, symbolic in graphs), graphs
+    assert graphs.tangents and not any(VOCABULARY <= n <= VOCABULARY + 4 for shape in graphs.tangents for n in shape)
+
+
+def test_pretraining_compiles_two_graphs_of_fixed_shape_and_no_gradient_of_the_logits(pretrain, graphs):  # noqa: F811
+    pretrain("a", *COMPILED, "--batch_size=7")
+    check(graphs)
+    assert {shape for shapes, _ in graphs for shape in shapes} == {(7, 48)}
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_rank=2"], ["--lora_rank=2", "--dropout=0.1"]], ids=str)
+def test_packed_fine_tuning_compiles_two_graphs_of_fixed_shape(pretrain, tune, graphs, more):  # noqa: F811
+    pretrain("base")
+    tune("a", "base", *COMPILED, "--eval_interval=4", "--eval_questions=2", "--eval_tokens=4", *more)
+    check(graphs)
+
+
+def test_padded_fine_tuning_may_compile_more_graphs_but_a_bounded_number(pretrain, tune, graphs):  # noqa: F811
+    pretrain("base")
+    tune("a", "base", *COMPILED, "--eval_interval=4", "--eval_questions=2", "--eval_tokens=4", "--packing=False")
+    assert 2 <= len(graphs) <= 8
