@@ -36,7 +36,7 @@ from runs.start import RunFolder, Start, decide
 from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
 from training.config import TrainConfig
-from training.device import Process, autocast, peak_flops, start_process, stop_process
+from training.device import Peak, Process, autocast, float64_device, seed_random, start_process, stop_process
 from training.interrupt import interruptible
 from training.memory import check_memory
 from training.optim import learning_rate_at
@@ -80,7 +80,7 @@ class Trainer:
             self.network.broadcast_buffers = False  # they are constants
         self.saved_step = self.state["step"]  # the last step that was evaluated and saved
         self.pending: list[Tensor] = []  # losses and gradient norms still on the device, read together at the next log
-        self.peak_flops = peak_flops(process.device, process.dtype)
+        self.peak = Peak(process)
 
     def train(self, folder: RunFolder) -> None:
         """Run to max_iters, evaluating, logging and saving on the way.
@@ -136,7 +136,8 @@ class Trainer:
         process, mine = self.process, self.micro_steps()
         step_loss = torch.zeros((), device=process.device)
         for i, batch in zip(mine, batches, strict=True):
-            torch.manual_seed(int(np.random.default_rng([self.config.seed, step, i]).integers(2**63)))  # dropout
+            seed = int(np.random.default_rng([self.config.seed, step, i]).integers(2**63))
+            seed_random(seed, process.device)  # dropout
             waits = process.world_size > 1 and i < mine[-1]
             with self.network.no_sync() if waits else nullcontext():  # exchange gradients once per step
                 with autocast(process.device, process.dtype):
@@ -182,11 +183,10 @@ class Trainer:
             now = time.perf_counter()
             speed = tokens_per_step * len(losses) / (now - self.clock)
             if last % config.log_interval == 0 or last == config.max_iters:
-                peak = (self.peak_flops or math.inf) * self.process.world_size
                 self.log.training(
                     step=last, train_loss=loss, lr=learning_rate_at(last - 1, config), grad_norm=norm,
                     tokens=last * tokens_per_step, seconds=now - self.begin, tokens_per_second=speed,
-                    mfu=speed * self.model.flops_per_token() / peak,
+                    mfu=self.peak.mfu(speed * self.model.flops_per_token()),
                 )  # fmt: skip
             self.pending.clear()
         self.clock = time.perf_counter()
@@ -236,8 +236,8 @@ class Trainer:
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on the device; from pinned memory the copy overlaps with what the GPU is doing."""
-    if device.type == "cpu":
-        return batch
+    if device.type != "cuda":
+        return {name: x.to(device) for name, x in batch.items()}
     return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
 
 
@@ -248,11 +248,11 @@ def evaluate(network, task: Task, process: Process, watch: Callable = iter) -> d
     watch(batches) yields the batches, and may show how far it is.
     """
     network.eval()
-    loss, count = torch.zeros((), dtype=torch.float64, device=process.device), 0
+    loss, count = torch.zeros((), dtype=torch.float64, device=float64_device(process.device)), 0
     for batch in watch(task.validation(process.rank, process.world_size)):
         count += int((batch["targets"] != IGNORE).sum())
         with autocast(process.device, process.dtype):
-            loss += network(**to_device(batch, process.device), target_count=1)[1]
+            loss += network(**to_device(batch, process.device), target_count=1)[1].to(loss.device)
     network.train()
     total, counted = process.total(loss.item(), count)
     mean = total / max(counted, 1)

@@ -132,6 +132,7 @@ def stream(
     check_prompts(prompts, model.config.vocab_size)
     rows, B = [list(prompt) for prompt in prompts], len(prompts)
     device, block_size = model.tok_emb.weight.device, model.config.block_size
+    drawing = torch.device("cpu") if device.type == "mps" else device  # Apple's mps has no float64
     draws = [np.random.default_rng(seed + i) for i in range(B)]
     seen = None
     if repetition_penalty != 1:
@@ -141,7 +142,7 @@ def stream(
     alive, starts, step_model = [True] * B, None, None
     for step in range(max_new_tokens if rows else 0):
         if step % DRAWN == 0:
-            uniforms = torch.from_numpy(np.stack([draw.random(DRAWN) for draw in draws])).to(device)  # (B, DRAWN)
+            uniforms = torch.from_numpy(np.stack([draw.random(DRAWN) for draw in draws])).to(drawing)  # (B, DRAWN)
         now = [context_start(len(row), block_size) for row in rows]
         if now != starts:  # at first, and whenever a context is full: read what each row still sees
             starts, windows = now, [row[start:] for row, start in zip(rows, now, strict=True)]
@@ -153,7 +154,7 @@ def stream(
             logits = step_model(torch.tensor([row[-1:] for row in rows], device=device))[:, -1]
         logits = logits[:, :vocab_size]
         scores = logits if seen is None else penalize(logits, seen[:, :vocab_size], repetition_penalty)
-        tokens = choose(scores, uniforms[:, step % DRAWN], temperature, top_k, top_p, min_p)
+        tokens = choose(scores.to(drawing), uniforms[:, step % DRAWN], temperature, top_k, top_p, min_p).to(device)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         logprobs = (logits.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).tolist()
