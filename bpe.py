@@ -8,7 +8,6 @@ tiktoken's native core, with our vocabulary.
 """
 
 import argparse
-import codecs
 import functools
 import json
 import os
@@ -20,7 +19,9 @@ from tqdm import tqdm
 
 from common import cli
 from common.files import checksum, read_json, write_whole
-from text.chunks import CUT, PATTERNS, TASK, count_chunks, splitter
+from common.textfile import read_text
+from text import cut, documents
+from text.chunks import PATTERNS, TASK, count_chunks, splitter
 from text.merges import learn_merges
 
 EOT = "<|endoftext|>"
@@ -214,27 +215,13 @@ def check_text(text: str) -> None:
 # The command
 
 
-def read_texts(paths: list[str], pattern: str = "gpt4") -> Iterator[str]:
-    """The texts of UTF-8 files ('-': standard input), in blocks where a named pattern allows to cut; else whole."""
-    for path in paths:
-        try:
-            with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-                decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
-                while block := file.read(TASK):
-                    rest += decoder.decode(block)
-                    if (
-                        pattern in PATTERNS
-                        and len(rest) > TASK // 2
-                        and (gap := rest.rfind(" ")) > 0
-                        and CUT.match(rest, gap)
-                    ):
-                        yield rest[:gap]
-                        rest = rest[gap:]
-                yield rest + decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+def read_texts(
+    paths: list[str], pattern: str = "gpt4", reading: documents.Reading = documents.DEFAULT_READING
+) -> Iterator[str]:
+    """The documents of files, as data/text/prepare.py reads them; in blocks where a named pattern allows to cut."""
+    for text in documents.read_documents(paths, reading):
+        parts = documents.parts_of(text)
+        yield from cut.blocks(parts, TASK, force=False) if pattern in PATTERNS else ["".join(parts)]
 
 
 def shown(token: bytes) -> str:
@@ -292,7 +279,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("train", help="learn a vocabulary from text files")
-    sub.add_argument("--input", nargs="+", required=True, metavar="FILE", help="UTF-8 text files; - for standard input")
+    sub.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders, - for standard input")
+    documents.add_reading_options(sub)
     sub.add_argument("--vocab_size", type=int, default=4096, help="ids in all, special tokens included (default 4096)")
     sub.add_argument("--output", metavar="FILE", help="the vocabulary to write")
     sub.add_argument("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)} or a regular expression (default gpt4)")
@@ -307,23 +295,24 @@ def main() -> None:
         )
     arguments = parser.parse_args()
     if arguments.command == "train":
+        texts = read_texts(arguments.input, arguments.pattern, documents.Reading.of(arguments))
         if arguments.explain:
-            return explain(read_texts(arguments.input, arguments.pattern), arguments)
+            return explain(texts, arguments)
         if not arguments.output:
             raise ValueError("--output is missing: the file to write the vocabulary to")
         if not (folder := Path(arguments.output).parent).is_dir():  # before an hour of learning, not after it
             raise ValueError(f"--output={arguments.output}: {folder} is no folder")
         if Path(arguments.output).is_dir():
             raise ValueError(f"--output={arguments.output} is a folder: give the name of a file in it")
-        bpe = train(read_texts(arguments.input, arguments.pattern), arguments.vocab_size, arguments.pattern,
+        bpe = train(texts, arguments.vocab_size, arguments.pattern,
                     max_token_length=arguments.max_token_length, progress=True)  # fmt: skip
         bpe.save(arguments.output)
         print(f"{arguments.output}: {bpe.vocab_size:,} ids")
     elif arguments.command == "encode":
         bpe = BPE.load(arguments.vocabulary)
-        print(*bpe.encode("".join(read_texts([arguments.input]))))
+        print(*bpe.encode(read_text(arguments.input)))
     elif arguments.command == "decode":
-        words = "".join(read_texts([arguments.input])).split()
+        words = read_text(arguments.input).split()
         if wrong := next((word for word in words if not word.isdecimal()), None):
             raise ValueError(f"{wrong!r} is no token id: decode reads numbers separated by spaces")
         sys.stdout.buffer.write(BPE.load(arguments.vocabulary).decode_bytes(map(int, words)))

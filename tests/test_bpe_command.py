@@ -11,7 +11,7 @@ import pytest
 
 import bpe
 from bpe import BPE, EOT, train
-from common import cli
+from common import cli, textfile
 from tests.bpe_helpers import FIXTURES, PROSE, ROOT, same
 from text.chunks import PATTERNS, count_chunks, splitter
 from text.merges import learn_merges
@@ -76,7 +76,8 @@ def test_several_files_and_standard_input_are_read(command, tmp_path):
 @pytest.mark.parametrize("block", [1, 3, 10, 1000])
 def test_files_are_read_in_blocks_that_lose_nothing(block, tmp_path, monkeypatch):
     monkeypatch.setattr(bpe, "TASK", block)
-    for text in FIXTURES.values():
+    monkeypatch.setattr(textfile, "BLOCK", block)
+    for text in filter(None, FIXTURES.values()):
         (tmp_path / "a.txt").write_bytes(text.encode())
         assert "".join(bpe.read_texts([str(tmp_path / "a.txt")])) == text
         for pattern in PATTERNS:
@@ -120,12 +121,13 @@ def test_a_mistake_is_one_clear_line(command, tmp_path):
     vocabulary, text, bad = tmp_path / "a.bpe", tmp_path / "a.txt", tmp_path / "bad"
     train(["a b"], 261).save(vocabulary)
     text.write_text("some text, some text")
+    (tmp_path / "empty").mkdir()
     bad.write_bytes(b"ab\xff\xfe\x00{")
     output = ("--output", tmp_path / "x.bpe")
     for options, message in (
         (("train", "--input", tmp_path / "none", *output), "cannot read"),
-        (("train", "--input", tmp_path, *output), "cannot read"),
-        (("train", "--input", bad, *output), "bad is not UTF-8 text"),
+        (("train", "--input", tmp_path / "empty", *output), "no file in this folder can be read"),
+        (("train", "--input", bad, *output), "bad, line 1: not UTF-8"),
         (("train", "--input", "-", *output), "no text to learn from"),
         (("train", "--input", text), "--output is missing"),
         (("train", "--input", text, "--output", tmp_path / "none" / "x.bpe"), "is no folder"),
@@ -145,7 +147,7 @@ def test_a_mistake_is_one_clear_line(command, tmp_path):
         assert message in refused(command(*options)), options
     for numbers in (b"-1", b"1e3", b"9" * 5000, "²".encode(), b"999"):
         refused(command("decode", vocabulary, input=numbers))
-    assert sorted(os.listdir(tmp_path)) == ["a.bpe", "a.txt", "bad"]
+    assert sorted(os.listdir(tmp_path)) == ["a.bpe", "a.txt", "bad", "empty"]
 
 
 def test_the_tokenizer_json_command(vocabularies, tmp_path):

@@ -2,32 +2,32 @@
 
 A corpus is a folder: train.bin and val.bin (raw little-endian uint16 or uint32 tokens), tokenizer.json, and meta.json
 with their sizes and SHA-256. `write_corpus` streams: documents of any size pass through a few worker processes in
-bounded pieces, so memory stays flat, and meta.json comes last, so that a half-written corpus never opens.
+bounded pieces, so memory stays flat. The files are written to a temporary folder and moved into place when all are
+there, meta.json last, so that a half-written corpus never opens.
 `Corpus.batch` is a pure function of (seed, step): there is no loader state to save, resuming is asking for the next
 step, and N processes see together what one would see alone.
 """
 
 import contextlib
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
+import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common.files import write_json
-from text.tokenizer import Tokenizer, load_tokenizer
+from text.documents import Document
+from text.tokenise import Encoded, encode_documents
+from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # torch takes seconds to import and much memory: the workers that tokenise must do without
     import torch
@@ -36,17 +36,6 @@ SPLITS = ("train", "val")
 META = "meta.json"
 FORMAT = {"format": "plaingpt-corpus", "version": 1}
 IGNORED = -100  # the target that no loss counts
-
-PIECE = 1 << 18  # characters: a longer document is cut, so that none is ever held whole
-TASK = 1 << 20  # characters handed to a worker at once: enough to outweigh the hand-over
-
-# A document is (split, text); `text` is a string, or string parts one after the other where it may not fit in memory.
-Document = tuple[str, str | Iterable[str]]
-
-
-def parts_of(text: str | Iterable[str]) -> Iterable[str]:
-    return [text] if isinstance(text, str) else text
-
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -63,160 +52,114 @@ def write_corpus(
 
     Each document is followed by the tokenizer's eot_id, if it has one; empty documents are left out. The files do not
     depend on `workers` (default: all CPUs). `total_bytes`, if known, lets the progress bar tell the time left.
-    An old corpus in `folder` stays until the new one is complete. ValueError when a split ends up empty.
+    An old corpus in `folder` stays until the new one is complete. ValueError when a split ends up empty, when the
+    tokenizer does not give a text back, when the disk is full, and as from `hold_for_writing`.
+    """
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    with hold_for_writing(folder) as folder:
+        new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+        try:
+            encoded = encode_documents(documents, tokenizer, np.dtype(dtype).newbyteorder("<"), workers)
+            splits, spelled = _write_tokens(new, encoded, total_bytes)
+            with writing(new):
+                tokenizer.save(new)
+                meta = FORMAT | {
+                    "dtype": dtype, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": splits,
+                    "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
+                    "special_tokens_in_text": spelled,
+                }  # fmt: skip
+                write_json(new / META, meta)
+            # Between these renames the folder is no corpus: what opens is the old one or the new one, never a mixture.
+            (folder / META).unlink(missing_ok=True)
+            for name in (*(f"{split}.bin" for split in SPLITS), FILE_NAME, META):
+                os.replace(new / name, folder / name)
+            return meta
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+TEMPORARY = ".prepare-"  # begins the names of temporary folders, and of the lock
+
+
+@contextlib.contextmanager
+def hold_for_writing(folder: str | os.PathLike) -> Iterator[Path]:
+    """Make `folder` and hold it, so that no other process writes there. One process may hold it repeatedly.
+
+    ValueError if it is a file or a run, or if another process holds it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"--output={folder} is a file: name a folder")
+    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
+        raise ValueError(f"--output={folder} is a run, whose tokenizer would be lost: name a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    lock = FileLock(folder / f"{TEMPORARY}lock", is_singleton=True)
     try:
-        encoded = _encoded(documents, tokenizer, np.dtype(dtype).newbyteorder("<"), workers)
-        splits = _write_tokens(temporary, encoded, total_bytes)
-        for split in SPLITS:
-            if not splits[split]["tokens"]:
-                raise ValueError(f"the {split} split is empty: give more text, or another val_fraction")
-        # Between these renames the folder is no corpus: what opens is the old one or the new one, never a mixture.
-        (folder / META).unlink(missing_ok=True)
-        for split in SPLITS:
-            os.replace(temporary[split], folder / f"{split}.bin")
-        tokenizer.save(folder)
-        meta = FORMAT | {
-            "dtype": dtype, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": splits,
-        }  # fmt: skip
-        write_json(folder / META, meta)
-        return meta
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is preparing {folder}: wait for it, or choose another --output") from None
+    try:
+        if lock.lock_counter == 1:
+            for leftover in folder.glob(f"{TEMPORARY}*/"):  # of a process that was killed
+                shutil.rmtree(leftover)
+        yield folder
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _write_tokens(paths: dict[str, Path], encoded: Iterator[dict], total_bytes: int | None) -> dict[str, dict]:
-    """Write the encoded tasks to `paths`, synced to disk; returns each split's counts and SHA-256."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError, such as that of a full disk, into a ValueError that names the path and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; make room, or choose another --output (what was there "
+            "before is unchanged)"
+        ) from None
+
+
+def _write_tokens(
+    folder: Path, encoded: Iterator[dict[str, Encoded]], total_bytes: int | None
+) -> tuple[dict[str, dict], dict[str, int]]:
+    """Write the encoded tasks to train.bin and val.bin, synced to disk.
+
+    Returns each split's counts and SHA-256, and how often the text spells out each special token.
+    """
     splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
-    hashes = {split: hashlib.sha256() for split in SPLITS}
+    hashes, spelled = {split: hashlib.sha256() for split in SPLITS}, Counter()
+    paths = {split: folder / f"{split}.bin" for split in SPLITS}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(encoded))
         bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None))
-        files = {split: stack.enter_context(open(paths[split], "wb")) for split in SPLITS}
+        # Without a buffer, so that a full disk is met in `write` and not again in `close`.
+        files = {split: stack.enter_context(open(paths[split], "wb", buffering=0)) for split in SPLITS}
         for result in encoded:
-            for split, (tokens, counts) in result.items():
-                files[split].write(tokens)
-                hashes[split].update(tokens)
-                for key, count in counts.items():
-                    splits[split][key] += count
-                bar.update(counts["bytes"])
+            for split, part in result.items():
+                content = part.tokens.tobytes()
+                with writing(paths[split]):
+                    write_all(files[split], content)
+                hashes[split].update(content)
+                splits[split]["tokens"] += len(part.tokens)
+                splits[split]["bytes"] += part.bytes
+                splits[split]["documents"] += part.documents
+                spelled.update(part.spelled)
+                bar.update(part.bytes)
         bar.total = bar.n  # the total was an estimate: JSON escapes are no text
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    return {split: splits[split] | {"sha256": hashes[split].hexdigest()} for split in SPLITS}
-
-
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int | None) -> Iterator:
-    """The result of `_encode` for each task, in order, computed here or by worker processes."""
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: at least 1 is needed")
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    encode = partial(_encode, tokenizer, dtype)
-    tasks = _tasks(pieces(documents))
-    first = list(itertools.islice(tasks, 4))
-    if workers == 1 or len(first) < 4:  # a few megabytes are done before workers have started
-        yield from map(encode, itertools.chain(first, tasks))
-        return
-    # Spawned, not forked: the parent may have threads (pyarrow's, the progress bar's), which a fork would break.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encode,))
-    waiting = deque()
-    try:
-        for task in itertools.chain(first, tasks):
-            waiting.append(executor.submit(_work, task))
-            if len(waiting) > 2 * workers:  # the bound that keeps memory flat
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ValueError("a tokenising process died, out of memory perhaps: try fewer --workers") from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _start_worker(encode: partial) -> None:
-    global _worker_encode
-    _worker_encode = encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()  # a killed parent leaves no orphans behind
-
-
-def _work(task: list) -> dict:
-    return _worker_encode(task)
-
-
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, task: list[tuple[str, str, bool]]) -> dict[str, tuple[bytes, dict]]:
-    """For each split in the task: its tokens as bytes, and what they count for."""
-    result = {}
+        for split, file in files.items():
+            with writing(paths[split]):
+                os.fsync(file.fileno())
     for split in SPLITS:
-        arrays, size, ended = [], 0, 0
-        for _, text, ends in (piece for piece in task if piece[0] == split):
-            ids = tokenizer.encode(text)
-            if ends and tokenizer.eot_id is not None:
-                ids.append(tokenizer.eot_id)
-            arrays.append(np.array(ids, dtype=dtype))
-            size += len(text.encode("utf-8", "surrogatepass"))
-            ended += ends
-        if arrays:
-            tokens = np.concatenate(arrays)
-            result[split] = tokens.tobytes(), {"tokens": len(tokens), "bytes": size, "documents": ended}
-    return result
+        if not splits[split]["tokens"]:
+            raise ValueError(f"the {split} split is empty: give more text, or another val_fraction")
+    return {split: splits[split] | {"sha256": hashes[split].hexdigest()} for split in SPLITS}, dict(spelled)
 
 
-def _tasks(pieces: Iterator[tuple[str, str, bool]]) -> Iterator[list[tuple[str, str, bool]]]:
-    """Pieces gathered to about TASK characters."""
-    task, size = [], 0
-    for piece in pieces:
-        task.append(piece)
-        size += len(piece[1])
-        if size >= TASK:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
-
-
-def pieces(documents: Iterable[Document]) -> Iterator[tuple[str, str, bool]]:
-    """Documents cut into (split, text of 1 to PIECE characters, whether the document ends with it)."""
-    for split, text in documents:
-        assert split in SPLITS, split
-        rest = ""
-        for part in parts_of(text):
-            rest += part
-            start = 0
-            while len(rest) - start > PIECE:
-                end = _cut(rest, start)
-                yield split, rest[start:end], False
-                start = end
-            rest = rest[start:]
-        if rest:
-            yield split, rest, True
-
-
-def _cut(text: str, start: int) -> int:
-    """Where to end the piece that begins at `start`: before a space, or else a line break, that follows a word.
-
-    There the patterns of GPT-2, GPT-4 and their kin cut anyway, so that the tokens are those of the uncut text.
-    """
-    for mark in " \n":
-        place = text.rfind(mark, start + 1, start + PIECE)
-        while place > 0 and text[place - 1].isspace():
-            place = text.rfind(mark, start + 1, place)
-        if place > 0:
-            return place
-    return start + PIECE
+def write_all(file, content: bytes) -> None:
+    """Write all of `content` to a file without a buffer, whose `write` may take less."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -249,6 +192,12 @@ class Corpus:
             raise ValueError(
                 f"the tokenizer in {str(self.folder)!r} has {tokenizer.vocab_size} tokens, its corpus was made with "
                 f"{self.vocab_size}: {_how_to_prepare(self.folder)}"
+            )
+        content = (self.folder / FILE_NAME).read_bytes()
+        if self.meta.get("tokenizer_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+            raise ValueError(
+                f"the tokenizer in {str(self.folder)!r} is not the one its corpus was made with (its SHA-256 differs): "
+                f"{_how_to_prepare(self.folder)}"
             )
         return tokenizer
 
@@ -292,6 +241,7 @@ class Corpus:
             offset, order = epoch_order(seed, number // count, count, len(tokens) - 1 - count * block_size)
             start = offset + block_size * order[number % count]
             row[:] = tokens[start : start + block_size + 1]
+        self._check_ids(split, block)
         block = torch.from_numpy(block)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
@@ -315,6 +265,7 @@ class Corpus:
         chosen = [i * count // max_batches for i in range(max_batches)] if 0 < max_batches < count else range(count)
         for i in chosen[rank::world_size]:
             part = tokens[i * B * block_size : (i + 1) * B * block_size + 1]
+            self._check_ids(split, part)
             idx = torch.zeros(B * block_size, dtype=torch.int64)
             targets = torch.full_like(idx, IGNORED)
             idx[: len(part) - 1] = torch.from_numpy(part[:-1].astype(np.int64))
@@ -325,6 +276,14 @@ class Corpus:
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: a corpus has {' and '.join(SPLITS)}")
         return self.meta["splits"][split]
+
+    def _check_ids(self, split: str, tokens: np.ndarray) -> None:
+        """ValueError for an id beyond the vocabulary, before an embedding fails on it."""
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise ValueError(
+                f"{str(self.folder / split)}.bin holds token id {tokens.max()}, beyond its vocabulary of "
+                f"{self.vocab_size:,}: {_how_to_prepare(self.folder)}"
+            )
 
     def _map(self, split: str) -> np.ndarray:
         self._counts(split)
@@ -341,6 +300,7 @@ def epoch_order(seed: int, epoch: int, count: int, spare: int = 0) -> tuple[int,
 
 
 def _read_meta(folder: Path) -> dict:
+    """What meta.json holds. ValueError if there is none, or if a field is missing or cannot be true."""
     path = folder / META
     if not path.is_file():
         raise ValueError(f"no prepared corpus in {str(folder)!r}: {_how_to_prepare(folder)}")
@@ -352,20 +312,24 @@ def _read_meta(folder: Path) -> dict:
         case {
             "format": "plaingpt-corpus",
             "version": int(version),
-            "dtype": "uint16" | "uint32",
-            "vocab_size": int(),
+            "dtype": "uint16" | "uint32" as dtype,
+            "vocab_size": vocab_size,
             "splits": {
-                "train": {"tokens": int(), "bytes": int(), "sha256": str()},
-                "val": {"tokens": int(), "bytes": int(), "sha256": str()},
+                "train": {"tokens": tokens, "bytes": size, "sha256": str()},
+                "val": {"tokens": val_tokens, "bytes": val_size, "sha256": str()},
             },
         }:
-            sizes = [meta["splits"][split][key] for split in SPLITS for key in ("tokens", "bytes")]
-            if min(*sizes, meta["vocab_size"]) < 1:
-                raise ValueError(f"{str(path)!r} is damaged: a size in it is not positive; {_how_to_prepare(folder)}")
-            if version == FORMAT["version"]:
+            if version != FORMAT["version"]:
+                raise ValueError(f"{str(path)!r} has format version {version}, this code reads {FORMAT['version']}")
+            sizes = (tokens, size, val_tokens, val_size)
+            if all(_is_size(n, 1 << 63) for n in sizes) and _is_size(vocab_size, 1 << 8 * np.dtype(dtype).itemsize):
                 return meta
-            raise ValueError(f"{str(path)!r} has format version {version}, this code reads {FORMAT['version']}")
     raise ValueError(f"{str(path)!r} is damaged, or not of this project: {_how_to_prepare(folder)}")
+
+
+def _is_size(value: object, largest: int) -> bool:
+    """Whether the value is an integer from 1 to `largest` (True, which Python takes for 1, is none)."""
+    return type(value) is int and 1 <= value <= largest
 
 
 def _how_to_prepare(folder: Path) -> str:

@@ -1,148 +1,420 @@
-"""Documents from files or from the Hub, one after the other, each with its split: (split, text).
+"""Documents from files, standard input or the Hub, one after the other, each with its split: (split, text).
 
-Everything streams. A document of a .jsonl or .parquet file goes to train or val by a hash of its text, so that the
-split depends neither on the order of documents nor on how they are spread over files, and a document that is there
-twice never sits on both sides. A .txt file is one document, the end of which is val.
+Everything streams, so that memory stays flat whatever the size of files. What is train and what is val:
+- A document among many in one file (.jsonl, .json, .parquet, text with a separator) goes by a hash of its text, so the
+  split depends neither on the order of documents nor on the files they are in.
+- A large text file gives its end to val. Small text files, such as a folder of articles, go whole to train or val, in
+  the order of a hash. See `validation_parts`.
+In either case a document that occurs twice is never in both splits.
 """
 
-import codecs
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+import argparse
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from text.corpus import Document
+from common.textfile import PACKED_SUFFIXES, byte_blocks, json_values, split_text, text_parts, text_size, utf8_size
 
-BLOCK = 1 << 20  # bytes of a .txt file read at once
+# A document is (split, text); `text` is a string, or string parts one after the other where it may not fit in memory.
+Document = tuple[str, str | Iterable[str]]
+
+PAGE = 4096  # bytes: no text file is cut for a validation part shorter than this, if there are others to take
+
+
+def parts_of(text: str | Iterable[str]) -> Iterable[str]:
+    """A document's text as parts."""
+    return [text] if isinstance(text, str) else text
 
 
 def split_of(text: str, val_fraction: float) -> str:
     """'val' for about `val_fraction` of all texts, 'train' for the others; always the same for the same text."""
-    return "val" if zlib.crc32(text.encode()) < val_fraction * 2**32 else "train"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
-def read_documents(paths: Iterable[str | Path], val_fraction: float) -> Iterator[Document]:
-    """The documents of .txt, .jsonl (field "text") and .parquet (column "text") files, as (split, text).
+# --- which files -------------------------------------------------------------------------------------------------
 
-    A missing, empty or unknown file is refused before anything is read. What cannot be read is a ValueError with file
-    and line (.parquet: row).
+TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read, as the options of `add_reading_options` say."""
+
+    text_field: str = "text"  # the field, or column, that holds the text
+    separator: str | None = None  # what stands between the documents of a text file
+    text_suffixes: tuple[str, ...] = ()  # further endings of names of text files
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Reading":
+        """The values of the parsed options. In the separator, \\n and \\t are a line break and a tab."""
+        separator = args.document_separator
+        if separator is not None:
+            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+            if not separator:
+                raise ValueError("--document_separator is empty: give the text that stands between two documents")
+        suffixes = tuple(f".{suffix.removeprefix('.')}".lower() for suffix in args.text_suffix)
+        return cls(args.text_field, separator, suffixes)
+
+
+DEFAULT_READING = Reading()
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `Reading.of` reads."""
+    parser.add_argument(
+        "--text_field", default="text", metavar="NAME",
+        help="field of .jsonl and .json, column of .parquet, that holds the text; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--document_separator",
+        metavar="S",
+        help="what stands between two documents in a text file, such as '<|endoftext|>' or '\\n\\n\\n'",
+    )
+    parser.add_argument(
+        "--text_suffix", nargs="+", default=[], metavar="S", help="further endings of text files, such as .py .log"
+    )  # fmt: skip
+
+
+class File(NamedTuple):
+    """One file to read, and how."""
+
+    path: Path
+    name: str  # for messages
+    kind: Literal["text", "json", "parquet", "pipe"]  # of a pipe, the first characters tell whether it is JSON
+
+
+def find_files(paths: Iterable[str | Path], reading: Reading) -> list[File]:
+    """The files that the paths name: files, '-' for standard input, and folders with all that is known in them.
+
+    ValueError for what is missing, empty or of an unknown kind, and for a package that is needed and not installed.
     """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    chosen = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"{path}: {'is a folder, name the files in it' if path.is_dir() else 'no such file'}")
-        if path.suffix.lower() not in readers:
-            raise ValueError(f"{path}: its name should end in one of {', '.join(readers)}, to tell how to read it")
-        if path.stat().st_size == 0:
+    files = []
+    for path in paths:
+        if str(path) == "-":
+            files.append(File(Path("-"), "standard input", "pipe"))
+        elif os.path.isdir(path):
+            files += _files_in(Path(path), reading)
+        elif not os.path.exists(path):
+            raise ValueError(f"cannot read {path}: no such file or folder")
+        elif not os.path.isfile(path):
+            files.append(File(Path(path), str(path), "pipe"))
+        elif os.path.getsize(path) == 0:
             raise ValueError(f"{path}: is empty")
-        chosen.append((readers[path.suffix.lower()], path))
-    return (document for reader, path in chosen for document in reader(path, val_fraction))
+        elif kind := _kind_by_name(Path(path), reading):
+            files.append(File(Path(path), str(path), kind))
+        else:
+            known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES))
+            raise ValueError(
+                f"{path}: the ending of its name does not tell how to read it; known are {known}, each also with "
+                f"{', '.join(PACKED_SUFFIXES)} behind it, and .parquet; --text_suffix reads others as plain text"
+            )
+    for file in files:
+        package = {".zst": "zstandard", ".parquet": "pyarrow"}.get(file.path.suffix.lower())
+        if package and not _installed(package):
+            raise ValueError(f"{file.name}: reading it needs the package {package}: pip install {package}")
+    return files
 
 
-def hub_documents(name: str, subset: str | None, val_fraction: float) -> Iterator[Document]:
-    """The documents (field "text" of the train split) of a data set on the Hugging Face Hub, downloaded as needed."""
+def _kind_by_name(path: Path, reading: Reading) -> Literal["text", "json", "parquet"] | None:
+    """How to read a file, by the ending of its name; None if that does not tell. No ending is that of a text file."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return "parquet"
+    if suffix in PACKED_SUFFIXES:
+        suffix = path.with_suffix("").suffix.lower()
+    if suffix in JSON_SUFFIXES:
+        return "json"
+    return "text" if suffix in ("", *TEXT_SUFFIXES, *reading.text_suffixes) else None
+
+
+def _files_in(folder: Path, reading: Reading) -> list[File]:
+    """The known files in the folder and those below it, in the order of their names; others are told on stderr.
+
+    Hidden files, empty ones, and the files of a prepared corpus are not looked at. A name needs an ending here.
+    """
+    files, others = [], Counter()
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        corpus = ("meta.json", "tokenizer.json", "train.bin", "val.bin") if "train.bin" in names else ()
+        for name in sorted(names):
+            path = Path(place, name)
+            if name.startswith(".") or name in corpus or not path.is_file() or path.stat().st_size == 0:
+                continue
+            kind = _kind_by_name(path, reading)
+            if kind and path.suffix:
+                files.append(File(path, str(path), kind))
+            else:
+                ending = path.suffixes[-2:] if path.suffix.lower() in PACKED_SUFFIXES else path.suffixes[-1:]
+                others["".join(ending) or "without ending"] += 1
+    found = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+    if not files:
+        raise ValueError(f"{folder}: no file in this folder can be read" + (f" (there are {found})" if found else ""))
+    if others:
+        print(f"note: {folder}: {others.total()} files of other kinds left out ({found})", file=sys.stderr)
+    return files
+
+
+def _raise(error: OSError) -> None:
+    raise ValueError(f"cannot read {error.filename}: {error.strerror}")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+# --- from files to documents -------------------------------------------------------------------------------------
+
+
+def read_documents(paths: Iterable[str | Path], reading: Reading = DEFAULT_READING) -> Iterator[str | Iterator[str]]:
+    """The texts of all documents in the files, without splits. ValueError as from `find_files` and `texts_of`."""
+    files = find_files(paths, reading)
+    return itertools.chain.from_iterable(texts_of(file, reading) for file in files)
+
+
+def texts_of(file: File, reading: Reading) -> Iterator[str | Iterator[str]]:
+    """The text of each document in the file; a text file without a separator is one document, in parts.
+
+    ValueError names the line (.json list: item, .parquet: row) of what cannot be read.
+    """
+    if file.kind == "parquet":
+        yield from _parquet_texts(file, reading.text_field)
+        return
+    parts = text_parts(file.path, file.name)
+    if file.kind == "pipe":
+        first = next(parts, "")
+        file, parts = file._replace(kind=_kind_of(first)), itertools.chain([first], parts)
+    if file.kind == "json":
+        for place, row in json_values(parts, file.name):
+            yield _text_of(row, reading.text_field, place)
+    elif reading.separator is None:
+        yield parts
+    else:
+        yield from (text.strip("\r\n") for text in split_text(parts, reading.separator, file.name))
+
+
+def _kind_of(start: str) -> Literal["text", "json"]:
+    """Whether text is JSON, told by its first characters: an object, or a list that begins with one."""
+    if re.match(r'\s*(\[\s*)?\{\s*"', start):
+        print("note: standard input is read as JSON, because it begins like it", file=sys.stderr)
+        return "json"
+    return "text"
+
+
+def _parquet_texts(file: File, field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            columns = table.schema_arrow.names
+            if field not in columns:
+                raise ValueError(f'{file.name}: has no column "{field}", only {_fields(columns)}')
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0):
+                    row += 1
+                    yield _checked(value.as_py(), f'"{field}"', f"{file.name}, row {row}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name}, row {row}: not UTF-8 ({error.reason})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file.name}, after row {row}: not a readable .parquet file ({error})") from None
+
+
+def _text_of(row: object, field: str, place: str) -> str:
+    """The text of a JSON value: a string, or an object's field."""
+    if isinstance(row, str):
+        return _checked(row, "the text", place)
+    if isinstance(row, dict) and field in row:
+        return _checked(row[field], f'"{field}"', place)
+    found = _fields(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+    raise ValueError(f'{place}: a string, or an object with the field "{field}", is needed, not {found}')
+
+
+def _fields(row: Iterable[str]) -> str:
+    return f"the fields {', '.join(map(str, row))[:200]} (--text_field chooses one)"
+
+
+def _checked(text: object, what: str, place: str) -> str:
+    """The text, if it is a string of characters."""
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: {what} must be a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+        raise ValueError(f"{place}: {what} holds {text[error.start]!r}, which is no character") from None
+    return text
+
+
+# --- from documents to splits ------------------------------------------------------------------------------------
+
+
+class Documents:
+    """The documents of files, each with its split; every iteration starts anew."""
+
+    def __init__(self, paths: Iterable[str | Path], val_fraction: float, reading: Reading = DEFAULT_READING):
+        """ValueError as from `find_files`. A pipe, which can be read only once, is copied to a temporary file."""
+        self.val_fraction, self.reading = val_fraction, reading
+        self._copies: list = []  # temporary files, which are deleted with this object
+        files = find_files(paths, reading)
+        self.files = [self._copied(file) if file.kind == "pipe" else file for file in files]
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes to read, or None where they say little about the text to come: packed files."""
+        packed = any(file.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet") for file in self.files)
+        return None if packed else sum(file.path.stat().st_size for file in self.files)
+
+    def __iter__(self) -> Iterator[Document]:
+        for file, (size, val_size) in zip(self.files, self._sizes, strict=True):
+            if not self._is_one_text(file):
+                for text in texts_of(file, self.reading):
+                    yield split_of(text, self.val_fraction), text
+            elif val_size in (0, size):
+                yield "val" if val_size else "train", text_parts(file.path, file.name)
+            else:
+                train, val = divide(text_parts(file.path, file.name), size, val_size)
+                yield "train", train
+                yield "val", val
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """(bytes, those of them that are for validation) of each file that is one text, (0, 0) for others."""
+        texts = [i for i, file in enumerate(self.files) if self._is_one_text(file)]
+        sizes = [text_size(self.files[i].path, self.files[i].name) for i in texts]
+        parts = validation_parts(sizes, lambda i: self._digest(self.files[texts[i]]), self.val_fraction)
+        found = dict(zip(texts, zip(sizes, parts, strict=True), strict=True))
+        return [found.get(i, (0, 0)) for i in range(len(self.files))]
+
+    def _digest(self, file: File) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        for part in text_parts(file.path, file.name):
+            digest.update(part.encode())
+        return digest.digest()
+
+    def _is_one_text(self, file: File) -> bool:
+        return file.kind == "text" and self.reading.separator is None
+
+    def _copied(self, file: File) -> File:
+        """A copy of a pipe that can be read again."""
+        copy = tempfile.NamedTemporaryFile(prefix="plaingpt-")
+        self._copies.append(copy)
+        try:
+            for block in byte_blocks(file.path, file.name):
+                copy.write(block)
+            copy.flush()
+        except OSError as error:
+            raise ValueError(
+                f"cannot copy {file.name} to {copy.name}: {error.strerror}; TMPDIR chooses another folder"
+            ) from None
+        first = next(text_parts(copy.name, file.name), "")
+        return file._replace(path=Path(copy.name), kind=_kind_of(first))
+
+
+def validation_parts(sizes: list[int], digest: Callable[[int], bytes], val_fraction: float) -> list[int]:
+    """For text files of these sizes in bytes: how many bytes at the end of each are for validation.
+
+    A file that is large, both by itself and beside all of them together, gives its own end. The others go whole to
+    validation, in the order of `digest(i)`, a hash of their text, until these have given their share; the last is cut
+    if all of it would make that share wrong by more than a tenth. Equal texts are treated alike.
+    """
+    total = val_fraction * sum(sizes)
+    large = [val_fraction * size >= PAGE and size > total / 10 for size in sizes]
+    parts = [round(val_fraction * size) if is_large else 0 for size, is_large in zip(sizes, large, strict=True)]
+    small = [i for i, is_large in enumerate(large) if not is_large]
+    digests = {i: digest(i) for i in small} if len(small) > 1 else dict.fromkeys(small, b"")
+    wanted = missing = val_fraction * sum(sizes[i] for i in small)
+    for _, equal in itertools.groupby(sorted(small, key=digests.get), key=digests.get):
+        members = list(equal)
+        size = sizes[members[0]]
+        if missing <= wanted / 10:
+            break
+        is_whole = size * len(members) <= missing + wanted / 10 and len(sizes) > 1
+        part = size if is_whole else max(1, round(missing / len(members)))
+        for i in members:
+            parts[i] = part
+        missing -= part * len(members)
+    return parts
+
+
+def divide(parts: Iterable[str], size: int, val_size: int) -> tuple[Iterator[str], Iterator[str]]:
+    """A text of `size` bytes of UTF-8 in two, about `val_size` of them in the second; to be consumed in this order.
+
+    The place is the line break nearest to `size - val_size`, or else the nearest space, within 5% of `val_size` (or,
+    where that is short, 100 bytes, but at most half of it); or else the nearest character.
+    """
+    target = size - val_size
+    tolerance = min(max(val_size // 20, min(val_size // 2, 100)), 1 << 20)
+    parts, rest = iter(parts), []
+
+    def before() -> Iterator[str]:
+        given, window = 0, ""  # bytes yielded; text that may hold the place
+        for part in parts:
+            window += part
+            if given + utf8_size(window) >= target + tolerance:
+                break
+            sure = max(0, len(window) - 2 * tolerance)
+            yield window[:sure]
+            given, window = given + utf8_size(window[:sure]), window[sure:]
+        content = window.encode()
+        places = (target - given - tolerance, target - given, target - given + tolerance)
+        cut = nearest_break(window, *(len(content[: max(0, place)].decode(errors="ignore")) for place in places))
+        rest.append(window[cut:])
+        yield window[:cut]
+
+    first = before()
+
+    def after() -> Iterator[str]:
+        for _ in first:  # nothing, unless the first part was not read to its end
+            pass
+        yield from rest
+        yield from parts
+
+    return first, after()
+
+
+def nearest_break(text: str, low: int, target: int, high: int) -> int:
+    """The place nearest to `target`, from `low` to `high`, that follows a line break, or else a space; else `target`.
+
+    Neither end of the text is such a place.
+    """
+    low, high = max(low, 1), min(high, len(text) - 1)
+    for mark in "\n", " ":
+        places = [text.rfind(mark, low - 1, target) + 1, text.find(mark, target, high) + 1]
+        found = [place for place in places if place]
+        if found:
+            return min(found, key=lambda place: abs(place - target))
+    return target
+
+
+# --- from the Hub ------------------------------------------------------------------------------------------------
+
+
+def hub_documents(name: str, subset: str | None, val_fraction: float, field: str = "text") -> Iterator[Document]:
+    """The documents of a data set's train split on the Hugging Face Hub, downloaded as needed."""
+    for number, row in enumerate(_hub_rows(name, subset), 1):
+        text = _text_of(row, field, f"{name}, row {number}")
+        yield split_of(text, val_fraction), text
+
+
+def _hub_rows(name: str, subset: str | None) -> Iterator[dict]:
     advice = f"or download its .parquet files from https://huggingface.co/datasets/{name} and pass them with --input"
     try:
         import datasets
     except ImportError:
         raise ValueError(f"streaming {name} needs the package datasets: pip install datasets, {advice}") from None
     try:
-        for row in datasets.load_dataset(name, subset, split="train", streaming=True):
-            yield split_of(row["text"], val_fraction), row["text"]
+        yield from datasets.load_dataset(name, subset, split="train", streaming=True)
     except Exception as error:  # what stops a download has many classes, of whichever HTTP library the client uses now
         raise ValueError(f"{name} did not arrive ({type(error).__name__}: {error}): try again, {advice}") from error
-
-
-def _read_txt(path: Path, val_fraction: float) -> Iterator[Document]:
-    size = path.stat().st_size
-    cut = _txt_cut(path, int(size * (1 - val_fraction)))
-    yield "train", _txt_parts(path, 0, cut)
-    yield "val", _txt_parts(path, cut, size)
-
-
-def _txt_cut(path: Path, target: int) -> int:
-    """The byte offset at or before `target` that follows a line break, or else a space, or else starts a character."""
-    with open(path, "rb") as file:
-        start = max(0, target - BLOCK)
-        file.seek(start)
-        before, after = file.read(target - start), file.read(1)
-    for mark in b"\n", b" ":
-        if mark in before:
-            return start + before.rindex(mark) + 1
-    while before and after and after[0] & 0xC0 == 0x80:  # inside a character: back to its first byte
-        before, after = before[:-1], before[-1:]
-    return start + len(before)
-
-
-def _txt_parts(path: Path, start: int, end: int) -> Iterator[str]:
-    """The text between two byte offsets, in parts."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        file.seek(start)
-        while block := file.read(min(BLOCK, end - file.tell())):
-            try:
-                text = decoder.decode(block, final=file.tell() == end)
-            except UnicodeDecodeError as error:
-                offset = file.tell() - len(error.object) + error.start
-                raise ValueError(f"{path}, line {_line_at(path, offset)}: not UTF-8 ({error.reason})") from None
-            yield text.removeprefix("\ufeff") if file.tell() == len(block) else text  # a byte order mark is no text
-
-
-def _line_at(path: Path, offset: int) -> int:
-    with open(path, "rb") as file:
-        newlines = 0
-        while file.tell() < offset:
-            newlines += file.read(min(BLOCK, offset - file.tell())).count(b"\n")
-    return newlines + 1
-
-
-def _read_jsonl(path: Path, val_fraction: float) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-            except (ValueError, RecursionError) as error:
-                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from None
-            if not isinstance(row, dict) or "text" not in row:
-                found = f"the fields {', '.join(row)[:200]}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise ValueError(f'{path}, line {number}: an object with the field "text" is needed, not {found}')
-            text = _checked(row["text"], f"{path}, line {number}")
-            yield split_of(text, val_fraction), text
-
-
-def _read_parquet(path: Path, val_fraction: float) -> Iterator[Document]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow") from None
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise ValueError(f'{path}: has no column "text", only {", ".join(file.schema_arrow.names)[:200]}')
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for value in batch.column(0):
-                    row += 1
-                    text = _checked(value.as_py(), f"{path}, row {row}")
-                    yield split_of(text, val_fraction), text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, row {row}: not UTF-8 ({error.reason})") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}, after row {row}: not a readable .parquet file ({error})") from None
-
-
-def _checked(text: object, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" must be a string, not {type(text).__name__}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise ValueError(f'{where}: "text" holds {text[error.start]!r}, which is no character') from None
-    return text

@@ -1,8 +1,11 @@
 """What the data/*/prepare.py commands share: their options, the vocabulary to learn, what to write and to report."""
 
 import argparse
+import hashlib
+import http.client
 import itertools
 import os
+import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,9 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpe
-from text.corpus import SPLITS, Document, parts_of, pieces, write_corpus
-from text.documents import hub_documents, read_documents
-from text.tokenizer import BPETokenizer, tokenizer_from_name
+from text.corpus import SPLITS, hold_for_writing, write_all, write_corpus, writing
+from text.documents import Document, Documents, Reading, add_reading_options, hub_documents, parts_of
+from text.tokenise import pieces
+from text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_name
 
 # --- the command -------------------------------------------------------------------------------------------------
 
@@ -70,59 +74,111 @@ def prepare(
 
     `documents()` starts the stream anew: characters and vocabularies are collected in a first reading.
     """
-    if not 0 < args.val_fraction < 1:
-        raise ValueError(f"--val_fraction={args.val_fraction}: give a share between 0 and 1, such as 0.01")
+    check_val_fraction(args.val_fraction)
     chosen = args.tokenizer if args.vocab_size is None else args.vocab_size
     chosen = args.default_tokenizer if chosen is None else chosen
-    if isinstance(chosen, int):
-        tokenizer = learned_tokenizer(documents(), chosen, args.workers)
-    else:
-        tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
-    meta = write_corpus(args.output, documents(), tokenizer, workers=args.workers, total_bytes=total_bytes)
-    report(args.output, meta)
+    with hold_for_writing(args.output):  # from here on, as learning a vocabulary may take long
+        if isinstance(chosen, int):
+            tokenizer = learned_tokenizer(documents(), chosen, args.workers)
+        else:
+            tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
+        meta = write_corpus(args.output, documents(), tokenizer, workers=args.workers, total_bytes=total_bytes)
+    report(args.output, meta, tokenizer, args.val_fraction)
+
+
+def check_val_fraction(val_fraction: float) -> None:
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.01")
+
+
+def prepare_files(args: argparse.Namespace) -> None:
+    """`prepare` for the files that --input names."""
+    check_val_fraction(args.val_fraction)
+    documents = Documents(args.input, args.val_fraction, Reading.of(args))
+    prepare(lambda: documents, args, documents.total_bytes)
 
 
 def prepare_from_hub(description: str, output: Path, name: str, subset: str | None) -> None:
     """The whole command for the Hub's data set `name`: see `hub_documents`."""
     parser = corpus_parser(description, output=output, tokenizer="gpt2", val_fraction=0.0005)
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="read these .parquet or .jsonl files, not the Hub")
+    parser.add_argument("--input", nargs="+", metavar="FILE", help="read these files or folders, not the Hub")
+    add_reading_options(parser)
     parser.add_argument(
         "--max_documents", type=int, metavar="N", help="take the first N documents (10000 to try it out); default: all"
     )
     args = parser.parse_args()
+    check_val_fraction(args.val_fraction)
     if args.max_documents is not None and args.max_documents < 1:
         raise ValueError(f"--max_documents={args.max_documents}: give 1 or more, or leave it out for all")
+    files = Documents(args.input, args.val_fraction, Reading.of(args)) if args.input else None
 
     def documents() -> Iterator[Document]:
-        if args.input:
-            found = read_documents(args.input, args.val_fraction)
-        else:
-            found = hub_documents(name, subset, args.val_fraction)
+        found = iter(files) if files else hub_documents(name, subset, args.val_fraction, args.text_field)
         return itertools.islice(found, args.max_documents)
 
     prepare(documents, args)
 
 
-def report(folder: str | Path, meta: dict) -> None:
-    """Print what a corpus holds."""
+def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: float) -> None:
+    """Print what a corpus holds, and on stderr what its user may not expect."""
     print(f"{os.path.relpath(folder)}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']} tokens")
     for split in SPLITS:
         tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
         print(f"  {split:5} {documents:>13,} documents {size:>16,} bytes of text {tokens:>16,} tokens")
+    for note in notes(meta, tokenizer, val_fraction):
+        print(f"note: {note}", file=sys.stderr)
 
 
-def download(url: str) -> bytes:
-    """What the address sends; ValueError when it does not come."""
+def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float) -> Iterator[str]:
+    """What the user of a corpus may not expect."""
+    splits = meta["splits"].values()
+    share = meta["splits"]["val"]["bytes"] / sum(split["bytes"] for split in splits)
+    if not 0.8 < share / val_fraction < 1.25:
+        yield (
+            f"{share:.2%} of the text is for validation, not {val_fraction:.2%}: documents go whole to one split, and "
+            "these are few or of very different sizes"
+        )
+    if tokenizer.eot_id is None and any(split["documents"] > 1 for split in splits):
+        yield (
+            f"the tokenizer {tokenizer.name!r} has no end-of-text token, so the documents follow each other without a "
+            "mark, and a model cannot learn where a text ends"
+        )
+    for name, count in meta["special_tokens_in_text"].items():
+        yield (
+            f"the text spells out {name!r} {count:,} times; it stays ordinary text (where it separates documents: "
+            f"--document_separator '{name}')"
+        )
+
+
+# --- downloads ---------------------------------------------------------------------------------------------------
+
+
+def download(url: str, path: str | Path | None = None, sha256: str | None = None) -> bytes:
+    """What the address sends, also kept in the file `path`, which is there whole or not at all.
+
+    ValueError when it does not come, breaks off, or does not have that SHA-256.
+    """
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             size = int(response.headers.get("Content-Length") or 0) or None
-            content = b""
+            content = bytearray()
             with tqdm(total=size, unit="B", unit_scale=True, desc="download", disable=None) as bar:
                 while block := response.read(1 << 16):
                     content += block
                     bar.update(len(block))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"no download ({error}): get the file from {url} and pass it with --input FILE") from None
     if size is not None and len(content) != size:
         raise ValueError(f"the download of {url} broke off after {len(content)} of {size} bytes: try again")
-    return content
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{url} sent another file than expected (its SHA-256 differs): pass a copy with --input FILE")
+    if path is not None:
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        try:
+            with writing(temporary), open(temporary, "wb", buffering=0) as file:
+                write_all(file, content)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return bytes(content)

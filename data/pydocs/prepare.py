@@ -5,7 +5,8 @@ public modules, classes and functions, read from the source without importing it
 its name and signature, an empty line, its docstring. The corpus is always the same for the same version of Python.
 Typographic quotes, dashes and the like become ASCII, paragraphs with characters other than printable ASCII are left
 out, and so are very short documents and repeated ones. One document in twenty, by a hash of its text, is validation.
-Tokens are characters; --vocab_size N learns a byte-pair vocabulary from the training documents instead.
+A byte-pair vocabulary of 1,024 tokens is learned from the training documents; --tokenizer char makes every character a
+token instead.
 """
 
 import inspect

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from data.shakespeare_char.tiny_shakespeare import shakespeare_parser, tiny_shakespeare
+from data.shakespeare_char.tiny_shakespeare import VAL_FRACTION, shakespeare_parser, tiny_shakespeare
 from text.corpus import write_corpus
 from text.prepare import add_vocab_size, learned_tokenizer, report
 from text.tokenizer import tokenizer_from_name
@@ -28,7 +28,7 @@ def main() -> None:
         tokenizer = tokenizer_from_name(args.tokenizer, (text for _, text in documents))
     else:
         tokenizer = learned_tokenizer(documents, args.vocab_size)
-    report(args.output, write_corpus(args.output, documents, tokenizer))
+    report(args.output, write_corpus(args.output, documents, tokenizer), tokenizer, VAL_FRACTION)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Prepare tiny Shakespeare, character by character: 1.1 million characters, 65 different ones.
 
 The same tokens as nanoGPT's: the first nine tenths are train, the rest val, there is no end-of-text token. The file is
-downloaded once, 1.1 MB, and kept beside this script.
+downloaded once, 1.1 MB, and kept beside this script. For a vocabulary learned from it: data/shakespeare.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from data.shakespeare_char.tiny_shakespeare import shakespeare_parser, tiny_shakespeare
+from data.shakespeare_char.tiny_shakespeare import VAL_FRACTION, shakespeare_parser, tiny_shakespeare
 from text.corpus import write_corpus
 from text.prepare import report
 from text.tokenizer import CharTokenizer
@@ -19,7 +19,7 @@ def main() -> None:
     args = shakespeare_parser(__doc__, Path(__file__).resolve().parent).parse_args()
     documents = tiny_shakespeare(args.input)
     tokenizer = CharTokenizer("".join(text for _, text in documents), eot=False)
-    report(args.output, write_corpus(args.output, documents, tokenizer))
+    report(args.output, write_corpus(args.output, documents, tokenizer), tokenizer, VAL_FRACTION)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import hashlib
 import sys
 from pathlib import Path
 
-from text.corpus import Document
+from common.textfile import read_text
+from text.documents import Document
 from text.prepare import download
 
 SHAKESPEARE = Path(__file__).resolve().parent / "input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+VAL_FRACTION = 0.1
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -22,29 +24,21 @@ def shakespeare_parser(description: str, output: Path) -> argparse.ArgumentParse
 
 
 def tiny_shakespeare(path: str | None) -> list[Document]:
-    """Tiny Shakespeare as nanoGPT splits it: nine tenths are train, the rest val.
+    """Tiny Shakespeare as nanoGPT splits it: nine tenths of the characters are train, the rest val.
 
-    Read from `path`, else from the kept copy, else downloaded once, 1.1 MB, and kept.
+    Read from `path`, else from the kept copy, else downloaded once, 1.1 MB, and kept. A text of your own in `path` is
+    told on stderr. ValueError if the kept copy is another text, such as part of the file.
     """
     source = Path(path or SHAKESPEARE)
     if not path and not source.exists():
-        source.write_bytes(_download_shakespeare())
-    content = source.read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        download(SHAKESPEARE_URL, source, SHAKESPEARE_SHA256)
+    text = read_text(source)
+    if hashlib.sha256(text.encode()).hexdigest() != SHAKESPEARE_SHA256:
+        if not path:
+            raise ValueError(
+                f"{source} is not the whole of tiny Shakespeare (its SHA-256 differs): delete it, and it is downloaded "
+                f"again; or, if it is meant to be another text, pass it with --input {source}"
+            )
         print(f"note: {source} is not the usual tiny Shakespeare (its SHA-256 differs)", file=sys.stderr)
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not UTF-8 text (byte {error.start}: {error.reason})") from None
-    n = int(len(text) * 0.9)
+    n = int(len(text) * (1 - VAL_FRACTION))
     return [("train", text[:n]), ("val", text[n:])]
-
-
-def _download_shakespeare() -> bytes:
-    """The file from the network; ValueError when it does not come, or is not the one we know."""
-    content = download(SHAKESPEARE_URL)
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"what {SHAKESPEARE_URL} sent is not tiny Shakespeare (its SHA-256 differs): pass a copy with --input FILE"
-        )
-    return content

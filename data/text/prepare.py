@@ -1,32 +1,36 @@
-"""Prepare your own text: .txt, .jsonl (field "text") or .parquet (column "text") files.
+"""Prepare your own text, from files, from folders with all that is in them, or from standard input (-).
 
-A .txt file is one document, the end of which is kept for validation; the documents of the other kinds go to train or
-val one by one, by a hash of their text. Every document ends with the end-of-text token. Files larger than memory are
-fine. For example:
+  .txt .md .rst            plain text: one document, or many with --document_separator
+  .jsonl .json             a document per line, or per item of a list: strings, or objects with a field "text"
+  .parquet                 a document per row, in a column "text" (needs pip install pyarrow)
+  .gz .bz2 .xz .zst        behind the first two kinds, as in book.txt.gz (.zst needs pip install zstandard)
 
-  python data/text/prepare.py --input book1.txt book2.txt --output data/books
+--text_field names another field, --text_suffix further plain text (--text_suffix .py .log). Text is UTF-8, or as its
+byte order mark says. Every document ends with the end-of-text token. Files larger than memory are fine.
+
+Validation: a large text file gives its end; small ones, such as a folder of articles, go whole to one side, and so do
+all other documents, by a hash of their text. Examples:
+
+  python data/text/prepare.py --input book1.txt book2.txt.gz --output data/books
+  python data/text/prepare.py --input articles/ --output data/articles --vocab_size 4096
   python data/text/prepare.py --input web/*.jsonl --output data/web --tokenizer gpt2 --val_fraction 0.001
+  python data/text/prepare.py --input stories.txt --output data/stories --document_separator '<|endoftext|>'
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
-from text.documents import read_documents
-from text.prepare import corpus_parser, prepare
+from text.documents import add_reading_options
+from text.prepare import corpus_parser, prepare_files
 
 
 def main() -> None:
     parser = corpus_parser(__doc__, output=None, tokenizer="char", val_fraction=0.01)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="what to read, in this order")
-    args = parser.parse_args()
-    read_documents(args.input, args.val_fraction)  # refuses a wrong name now, before anything is read
-    # A .parquet file is compressed, and then nobody knows how much text there is to come.
-    known = not any(path.endswith(".parquet") for path in args.input)
-    total_bytes = sum(map(os.path.getsize, args.input)) if known else None
-    prepare(lambda: read_documents(args.input, args.val_fraction), args, total_bytes)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or -, in this order")
+    add_reading_options(parser)
+    prepare_files(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""Text files, however packed and encoded, and the JSON values in them, read in parts so that memory stays flat.
+
+A file is unpacked as the ending of its name says (.gz, .bz2, .xz, .zst), and decoded as its byte order mark says, or
+else as UTF-8. Every error is a ValueError that names the file and the line or item.
+"""
+
+import bz2
+import codecs
+import gzip
+import itertools
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+BLOCK = 1 << 20  # bytes read at once
+LONGEST = 1 << 27  # characters of one line or JSON value, each of which is held in memory whole
+
+# Byte order marks. UTF-32's begins with UTF-16's, so it comes first.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+
+
+# --- from bytes to text ------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | Path) -> str:
+    """The whole text of a file, or of standard input ('-')."""
+    return "".join(text_parts(path))
+
+
+def text_parts(path: str | Path, name: str | None = None) -> Iterator[str]:
+    """The text of a file, or of standard input ('-'), in parts. `name` stands for the path in messages."""
+    path = Path(path)
+    name = name or ("standard input" if path == Path("-") else str(path))
+    blocks = byte_blocks(path, name)
+    head = b""
+    while len(head) < 4 and (block := next(blocks, b"")):
+        head += block
+    encoding = _encoding_of(head)
+    if encoding == "utf-8" and (order := _utf16_order(head[:1000])):
+        raise ValueError(f"{name} looks like UTF-16 without a byte order mark: {_convert(path, f'utf-16{order}')}")
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 1
+    for block in itertools.chain([head], blocks, [b""]):
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+            raise ValueError(
+                f"{name}, line {line}: not {encoding.removesuffix('-sig').upper()} ({error.reason}); if the file has "
+                f"another encoding, {_convert(path, 'ENCODING')}, with latin1, gb18030 or the like for ENCODING"
+            ) from None
+        if text:
+            line += text.count("\n")
+            yield text
+
+
+def text_size(path: Path, name: str) -> int:
+    """The size of a file's text in bytes of UTF-8, for which only packed files and other encodings are read through."""
+    with open(path, "rb") as file:
+        encoding = _encoding_of(file.read(4))
+    if path.suffix.lower() in PACKED_SUFFIXES or not encoding.startswith("utf-8"):
+        return sum(map(utf8_size, text_parts(path, name)))
+    return path.stat().st_size - (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+
+
+def utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def byte_blocks(path: Path, name: str) -> Iterator[bytes]:
+    """The bytes of a file, or of standard input ('-'), unpacked, in blocks of at most BLOCK bytes or little more."""
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    suffix = path.suffix.lower()
+    try:
+        if path == Path("-"):
+            yield from iter(partial(sys.stdin.buffer.read, BLOCK), b"")
+        elif suffix == ".zst":
+            yield from _zstd_blocks(path, name)
+        else:
+            with openers.get(suffix, open)(path, "rb") as file:
+                yield from iter(partial(file.read, BLOCK), b"")
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{name} is damaged or cut short, it cannot be unpacked: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def _zstd_blocks(path: Path, name: str) -> Iterator[bytes]:
+    """The bytes of a .zst file, which may be several compressed frames one after the other.
+
+    The library's own file reader takes a file that is cut short for a whole one, so each frame's end is checked here.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{name}: reading .zst needs the package zstandard: pip install zstandard") from None
+    unpacker, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
+    try:
+        with open(path, "rb") as file:
+            while packed := file.read(1 << 13):  # little at once, as it may unpack to thousands of times as much
+                while packed:
+                    frame = frame or unpacker.decompressobj()
+                    if block := frame.decompress(packed):
+                        yield block
+                    packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{name} is damaged, it cannot be unpacked: {error}") from None
+    if frame:
+        raise EOFError("its last frame has no end")
+
+
+def _encoding_of(head: bytes) -> str:
+    """The encoding that a file's first bytes tell."""
+    return next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8")
+
+
+def _utf16_order(head: bytes) -> str:
+    """'le' or 'be' if every other byte is mostly zero, as in UTF-16 of Latin letters; else ''."""
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if max(even, odd) <= len(head) / 4 or min(even, odd) > max(even, odd) / 10:
+        return ""
+    return "be" if even > odd else "le"
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"convert it first: iconv -f {encoding} -t utf-8 {path} > converted.txt"
+
+
+# --- from text to JSON values ------------------------------------------------------------------------------------
+
+
+def split_text(parts: Iterable[str], separator: str, name: str) -> Iterator[str]:
+    """What stands between the separators. ValueError if it is longer than LONGEST characters."""
+    rest = ""
+    for part in parts:
+        *whole, rest = (rest + part).split(separator)
+        yield from whole
+        if len(rest) > LONGEST:
+            raise ValueError(f"{name}: {LONGEST:,} characters without {separator!r}: is this what separates its texts?")
+    yield rest
+
+
+def json_values(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
+    """(place, value) of each line of JSON lines, or of each item of a JSON list; the first character tells which.
+
+    The place is for messages: the file's name with the line or the item's number.
+    """
+    parts = iter(parts)
+    first = next(parts, "")
+    parts = itertools.chain([first], parts)
+    return _list_items(parts, name) if first.lstrip().startswith("[") else _line_values(parts, name)
+
+
+def _line_values(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(split_text(parts, "\n", name), 1):
+        if not line.strip():
+            continue
+        place = f"{name}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"{place}: not valid JSON ({_reason(error)}{column})") from None
+        yield place, value
+
+
+def _list_items(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
+    """The items of a JSON list, each decoded as soon as it has arrived."""
+    text, number = "", 0
+    mark = re.compile(r"\s*([\[,\]])\s*")  # what stands before an item, or ends the list
+    expected = "["
+    for part in itertools.chain(parts, [None]):
+        text += part or ""
+        at = 0
+        while expected and (found := mark.match(text, at)):
+            end = found.end()
+            if found[1] == "]" and expected == ",":
+                at, expected = end, ""
+                break
+            if found[1] != expected or end == len(text):  # not what must come here, or no item behind it yet
+                break
+            if expected == "[" and text[end] == "]":  # an empty list
+                at, expected = end + 1, ""
+                break
+            try:
+                value, at = json.JSONDecoder().raw_decode(text, end)
+            except (ValueError, RecursionError) as error:
+                if part is not None and _may_be_incomplete(error, text):
+                    break
+                raise ValueError(f"{name}, item {number + 1}: not valid JSON ({_reason(error)})") from None
+            number, expected = number + 1, ","
+            yield f"{name}, item {number}", value
+        text = text[at:]
+        if len(text) > LONGEST:
+            raise ValueError(f"{name}, item {number + 1} is longer than {LONGEST:,} characters, or not valid JSON")
+    if expected:
+        raise ValueError(f"{name}: not valid JSON, the list does not go on or end after item {number}")
+    if text.strip():
+        raise ValueError(f"{name}: not valid JSON, {text.strip()[:20]!r} follows the end of the list")
+
+
+def _reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _may_be_incomplete(error: Exception, text: str) -> bool:
+    """Whether the rest of the text, still to come, may make the JSON value valid."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - 8

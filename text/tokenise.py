@@ -1,0 +1,96 @@
+"""From documents to tokens: documents are cut into pieces, gathered into tasks, and encoded by worker processes."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from text.cut import blocks
+from text.documents import Document, parts_of
+from text.pool import parallel_map
+from text.tokenizer import Tokenizer
+
+PIECE = 1 << 18  # characters: a longer document is cut, so that none is ever held whole
+TASK = 1 << 20  # characters handed to a worker at once: enough to outweigh the hand-over
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one: 1 to PIECE characters of text."""
+
+    split: str
+    text: str
+    ends: bool  # whether the document ends with this piece
+
+
+class Encoded(NamedTuple):
+    """The tokens of one split in one task."""
+
+    tokens: np.ndarray
+    bytes: int  # of the text as UTF-8
+    documents: int  # how many documents end here
+    spelled: Counter  # how often the text spells out each special token, which stays ordinary text
+
+
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int | None
+) -> Iterator[dict[str, Encoded]]:
+    """The tokens of the documents in order, a task at a time, by split; each document ends with the eot_id, if any."""
+    return parallel_map(partial(encode, tokenizer, dtype), tasks(pieces(documents)), workers)
+
+
+def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
+    """The documents cut into pieces; empty documents are left out."""
+    for split, text in documents:
+        last = ""
+        for block in blocks(parts_of(text), PIECE):
+            if last:
+                yield Piece(split, last, False)
+            last = block
+        if last:
+            yield Piece(split, last, True)
+
+
+def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces gathered to about TASK characters."""
+    task, size = [], 0
+    for piece in pieces:
+        task.append(piece)
+        size += len(piece.text)
+        if size >= TASK:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def encode(tokenizer: Tokenizer, dtype: np.dtype, task: list[Piece]) -> dict[str, Encoded]:
+    """The task's tokens by split. ValueError for text that the tokenizer does not give back when it decodes."""
+    result = {}
+    for split in dict.fromkeys(piece.split for piece in task):
+        arrays, size, documents, spelled = [], 0, 0, Counter()
+        for _, text, ends in (piece for piece in task if piece.split == split):
+            ids = tokenizer.encode(text)
+            check_round_trip(text, tokenizer.decode(ids))
+            if ends and tokenizer.eot_id is not None:
+                ids.append(tokenizer.eot_id)
+            arrays.append(np.array(ids, dtype=dtype))
+            size += len(text.encode())
+            documents += ends
+            spelled.update({name: text.count(name) for name in tokenizer.special_tokens if name in text})
+        result[split] = Encoded(np.concatenate(arrays), size, documents, spelled)
+    return result
+
+
+def check_round_trip(text: str, decoded: str) -> None:
+    """ValueError unless decoded == text; it shows where the two part."""
+    if decoded == text:
+        return
+    at = len(os.path.commonprefix([text, decoded]))
+    before, after = max(0, at - 15), at + 15
+    raise ValueError(
+        f"this tokenizer does not give the text back: {text[before:after]!r} is encoded and decoded to "
+        f"{decoded[before:after]!r}, so a corpus made with it would be damaged: use another tokenizer"
+    )
