@@ -11,9 +11,12 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -21,13 +24,19 @@ from common import cli
 from common.files import checksum, read_json, write_whole
 from common.textfile import read_text
 from text import cut, documents
-from text.chunks import PATTERNS, TASK, count_chunks, splitter
+from text.chunks import PATTERNS, TASK, check_text, complete, count_chunks, splitter
 from text.merges import learn_merges
+
+if TYPE_CHECKING:  # imported where it is needed: it takes a moment
+    import tiktoken
 
 EOT = "<|endoftext|>"
 SPECIAL_TOKENS = (EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the last four are for conversations
 
-FORMAT = {"format": "plaingpt-bpe", "version": 1}
+FORMAT = "plaingpt-bpe"
+VERSION = 2  # 1: without matched_tokens and eot; what needs neither is still written as 1
+LARGEST_ID = (1 << 31) - 1
+LONG = 1 << 18  # characters; in a shorter text no named pattern exceeds the limits of tiktoken's regular expressions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,122 +48,211 @@ class BPE:
 
     Ids: bytes from first_id on (in the order of `alphabet`), then one id per merge, then, or wherever `special_tokens`
     says, the special tokens.
+
+    special_tokens: spelling → id of tokens that are never made from text, so that no text can forge them.
+    matched_tokens: spelling → id of tokens that stand for their spelling wherever it occurs in a text, before the text
+    is cut into chunks; of several at one place the longest (Hugging Face: added tokens that are not special).
+    eot: the special token that ends a document; None if there is none.
+    Raises ValueError for merges and ids that do not make a vocabulary.
     """
 
     def __init__(
         self, pattern: str, merges: list[tuple[int, int]], special_tokens: dict[str, int],
-        alphabet: bytes = bytes(range(256)), first_id: int = 0,
+        alphabet: bytes = bytes(range(256)), first_id: int = 0, *,
+        matched_tokens: dict[str, int] | None = None, eot: str | None = EOT,
     ):  # fmt: skip
         self.pattern, self.merges, self.special_tokens = pattern, merges, special_tokens
         self.alphabet, self.first_id = alphabet, first_id
+        self.matched_tokens = matched_tokens or {}
+        if eot not in special_tokens and eot not in (EOT, None):
+            raise ValueError(f"the end token {eot!r} is not among the special tokens: {', '.join(special_tokens)}")
+        self.eot = eot if eot in special_tokens else None
+        if sorted(alphabet) != list(range(256)):
+            raise ValueError("the alphabet must hold each of the 256 bytes once")
         tokens = [bytes([byte]) for byte in alphabet]
         for left, right in merges:
+            if not first_id <= min(left, right) <= max(left, right) < first_id + len(tokens):
+                raise ValueError(f"the merge of {left} and {right}, number {len(tokens) - 256}, names a later token")
             tokens.append(tokens[left - first_id] + tokens[right - first_id])
         self.ranks = {token: first_id + n for n, token in enumerate(tokens)}
-        ids = {*self.ranks.values(), *special_tokens.values()}
-        if sorted(alphabet) != list(range(256)) or len(self.ranks) < len(tokens):
-            raise ValueError("a token is there twice, or not every byte once")
-        if len(ids) < len(self.ranks) + len(special_tokens):
-            raise ValueError("two tokens share an id")
-        self.vocab_size = max(ids) + 1
+        if len(self.ranks) < len(tokens):
+            raise ValueError("two merges make the same token")
+        self.vocab_size = max(self._check_ids()) + 1
+
+    def _check_ids(self) -> list[int]:
+        """Return all ids. Raises ValueError if two tokens share one, or if one is too large."""
+        names = [*self.special_tokens, *self.matched_tokens]
+        ids = [*self.ranks.values(), *self.special_tokens.values(), *self.matched_tokens.values()]
+        for name in names:
+            if not check_text(name):
+                raise ValueError("a special token has an empty name")
+        for id in (min(ids), max(ids)):
+            if not 0 <= id <= LARGEST_ID:
+                raise ValueError(f"the id {id} is not between 0 and {LARGEST_ID}")
+        if len(set(names)) < len(names):
+            raise ValueError("a special token is a matched token too")
+        if len(set(ids)) < len(ids):
+            shared = next(id for id, count in Counter(ids).items() if count > 1)
+            raise ValueError(f"two tokens share the id {shared}")
+        return ids
 
     @functools.cached_property
-    def encoding(self):
-        """The same as an encoding of tiktoken, whose native core does the work."""
+    def encoding(self) -> "tiktoken.Encoding":
+        """The vocabulary as an encoding of tiktoken, whose native core encodes and decodes here.
+
+        Its ids are the same, except that it knows no matched tokens: `encode` finds these.
+        Raises ValueError if tiktoken cannot read the pattern.
+        """
         import tiktoken
 
-        return tiktoken.Encoding(
-            "bpe", pat_str=PATTERNS.get(self.pattern, self.pattern), mergeable_ranks=self.ranks,
-            special_tokens=self.special_tokens,
-        )  # fmt: skip
+        try:
+            return tiktoken.Encoding(
+                "bpe", pat_str=complete(self.pattern), mergeable_ranks=self.ranks,
+                special_tokens=self.special_tokens | self.matched_tokens,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"the pattern {self.pattern!r} does not work in tiktoken: {error}") from None
 
-    def to_tiktoken(self):
-        """The encoding of tiktoken with the same ids."""
-        return self.encoding
+    @functools.cached_property
+    def _matched(self) -> re.Pattern:
+        """The spellings of the matched tokens; the longest comes first, so that it is preferred."""
+        return re.compile("|".join(map(re.escape, sorted(self.matched_tokens, key=len, reverse=True))))
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "encoding"}
 
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The ids of the text. A special token's spelling is ordinary text unless it is allowed by name.
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the text, in which the spelling of a special token is ordinary text.
 
-        ValueError for half a surrogate pair, which is no character.
+        Raises ValueError for half a surrogate pair, which is no character, and for a text that the pattern cannot cut.
         """
-        check_text(text)
-        self._check_special(allowed_special)
-        if not allowed_special:
-            return self.encoding.encode_ordinary(text)
-        return self.encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+        if not self.matched_tokens:
+            return self._encode_ordinary(text)
+        ids, start = [], 0
+        for match in self._matched.finditer(text):
+            ids += self._encode_ordinary(text[start : match.start()])
+            ids.append(self.matched_tokens[match[0]])
+            start = match.end()
+        return ids + self._encode_ordinary(text[start:])
 
-    def encode_batch(
-        self, texts: list[str], allowed_special: Collection[str] = (), threads: int | None = None
-    ) -> list[list[int]]:
-        """`encode` of every text, on several threads (default: one per core)."""
-        for text in texts:
-            check_text(text)
-        self._check_special(allowed_special)
-        allowed, threads = set(allowed_special), threads or os.cpu_count() or 1
-        if not allowed:
-            return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
-        return self.encoding.encode_batch(texts, num_threads=threads, allowed_special=allowed, disallowed_special=())
+    def _encode_ordinary(self, text: str) -> list[int]:
+        return encode_ordinary(self.encoding, text, self.pattern in PATTERNS)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD. ValueError for an id that is none."""
+        """Return the text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for a number that is no id of this vocabulary.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of the ids."""
+        """Return the exact bytes of the ids. Raises ValueError for a number that is no id of this vocabulary."""
         ids = list(ids)
         try:
             return self.encoding.decode_bytes(ids)
         except (KeyError, OverflowError):
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size or i not in self._all_ids)
+            known = {*self.ranks.values(), *self.special_tokens.values(), *self.matched_tokens.values()}
+            wrong = next(id for id in ids if id not in known)
             raise ValueError(f"{wrong} is no token id of this vocabulary of {self.vocab_size:,}") from None
-
-    @functools.cached_property
-    def _all_ids(self) -> set[int]:
-        return {*self.ranks.values(), *self.special_tokens.values()}
-
-    def _check_special(self, allowed: Collection[str]) -> None:
-        for name in allowed:
-            if name not in self.special_tokens:
-                raise ValueError(
-                    f"{name!r} is no special token here: {', '.join(self.special_tokens) or 'there are none'}"
-                )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the vocabulary as readable JSON with a checksum; the file is there whole or not at all."""
         write_whole(path, json.dumps(self.content(), ensure_ascii=False, indent=0))
 
     def content(self) -> dict:
-        """What the file holds."""
-        content = FORMAT | {
+        """Return what the file holds."""
+        default_eot = EOT if EOT in self.special_tokens else None
+        more = {"matched_tokens": self.matched_tokens} if self.matched_tokens else {}
+        more |= {"eot": self.eot} if self.eot != default_eot else {}
+        return with_checksum({
+            "format": FORMAT, "version": VERSION if more else 1,
             "pattern": self.pattern, "special_tokens": self.special_tokens, "first_id": self.first_id,
             "alphabet": list(self.alphabet), "merges": [f"{left} {right}" for left, right in self.merges],
-        }  # fmt: skip
-        return content | {"sha256": checksum(content)}
+        } | more)  # fmt: skip
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
-        """Read what `save` wrote. ValueError for any other file, and for one that is damaged."""
+        """Read what `save` wrote. Raises ValueError for any other file, and for one that is damaged."""
         return cls.from_content(read_json(path), path)
 
     @classmethod
     def from_content(cls, content: object, path: str | os.PathLike) -> "BPE":
-        """The vocabulary of a file's content; path is for messages only."""
-        if not isinstance(content, dict) or content.get("format") != FORMAT["format"]:
+        """Make the vocabulary of a file's content; path is for messages only."""
+        if isinstance(content, dict) and "kind" in content:
+            raise ValueError(f"{path} is no vocabulary of bpe.py: it holds a {content['kind']} tokenizer, "
+                             "which has no merges")  # fmt: skip
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(
                 f"{path} is no vocabulary of bpe.py; to use a tokenizer.json: python -m formats.tokenizer_json"
             )
-        stated, content = content.get("sha256"), {k: v for k, v in content.items() if k != "sha256"}
-        if stated != checksum(content):
-            raise ValueError(f"{path} is damaged: its checksum differs")
-        if content["version"] != FORMAT["version"]:
-            raise ValueError(f"{path} has format version {content['version']}, this code reads {FORMAT['version']}")
-        merges = [tuple(map(int, merge.split())) for merge in content["merges"]]
-        return cls(
-            content["pattern"], merges, content["special_tokens"], bytes(content["alphabet"]), content["first_id"]
-        )
+        content = without_checksum(content, path, required=True)
+        if content.get("version") not in range(1, VERSION + 1):
+            raise ValueError(f"{path} has format version {content.get('version')}, this code reads 1 to {VERSION}")
+        return cls._from_fields(content, path)
+
+    @classmethod
+    def _from_fields(cls, content: dict, path: str | os.PathLike) -> "BPE":
+        """`from_content` once the file is known to be undamaged: its fields may still have wrong types."""
+        types = {"pattern": str, "special_tokens": dict, "first_id": int, "alphabet": list, "merges": list}
+        optional = {"matched_tokens": dict, "eot": str}
+        for name, kind in (types | {name: kind for name, kind in optional.items() if name in content}).items():
+            if type(content.get(name)) is not kind and (name, content.get(name)) != ("eot", None):
+                raise ValueError(f"{path}: {name!r} must be a {kind.__name__}, not {content.get(name)!r:.60}")
+        for name in ("special_tokens", "matched_tokens"):
+            for token, id in content.get(name, {}).items():
+                if type(id) is not int:
+                    raise ValueError(f"{path}: {name!r} must map names to ids, not {token!r} to {id!r:.60}")
+        try:
+            alphabet = bytes(content["alphabet"])
+            merges = [(int(left), int(right)) for left, right in map(str.split, content["merges"])]
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: 'alphabet' must hold bytes, and 'merges' pairs of ids as \"3 5\"") from None
+        try:
+            return cls(
+                content["pattern"], merges, content["special_tokens"], alphabet, content["first_id"],
+                matched_tokens=content.get("matched_tokens"), eot=content.get("eot", EOT),
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{path} is no vocabulary: {error}") from None
+
+
+def encode_ordinary(encoding: "tiktoken.Encoding", text: str, harmless: bool = True) -> list[int]:
+    """Return the ids of the text under an encoding of tiktoken; special tokens spelled out in it are ordinary text.
+
+    harmless: whether the encoding's pattern is known to cut every text of ordinary length.
+    Raises ValueError for half a surrogate pair, and for a text that the pattern cannot cut: it matches the empty
+    string there, or backtracks too much.
+    """
+    check_text(text)
+    try:
+        if harmless and len(text) < LONG:
+            return encoding.encode_ordinary(text)
+        # A little slower, but this one raises a ValueError where encode_ordinary's native code panics.
+        return encoding.encode(text, allowed_special=set(), disallowed_special=())
+    except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).removeprefix("Regex error while tokenizing: Error executing regex: ")
+        raise ValueError(
+            f"the vocabulary's pattern cannot cut this text of {len(text):,} characters ({reason}): "
+            "give it in shorter parts, or use a vocabulary with another pattern"
+        ) from None
+
+
+def with_checksum(content: dict) -> dict:
+    """Return the content of a file with its SHA-256 in the field "sha256"."""
+    return content | {"sha256": checksum(content)}
+
+
+def without_checksum(content: dict, path: str | os.PathLike, required: bool = False) -> dict:
+    """Return the content without its checksum; path is for messages only.
+
+    Raises ValueError if the checksum is not that of the rest, and, if it is required, if there is none.
+    """
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    if ("sha256" in content or required) and content.get("sha256") != checksum(rest):
+        raise ValueError(f"{path} is damaged: its checksum differs")
+    return rest
 
 
 def train(
@@ -163,9 +261,12 @@ def train(
 ) -> BPE:  # fmt: skip
     """Learn a vocabulary of vocab_size ids: 256 bytes, merges, and the special tokens at the end.
 
-    texts may be a generator over more text than memory holds; what is kept is its distinct chunks. pattern: a name in
-    PATTERNS or a regular expression. max_token_length: in bytes (Baichuan 2: 32). Fewer ids, with a warning on stderr,
-    when nothing is left to merge. ValueError: no text, or a vocab_size too small for bytes and special tokens.
+    texts may be a generator over more text than memory holds; what is kept is its distinct chunks.
+    pattern: a name in PATTERNS, or a regular expression; what the expression does not match is a chunk of its own.
+    max_token_length: in bytes (Baichuan 2: 32).
+    When nothing is left to merge, the vocabulary has fewer ids, and a warning on stderr says so.
+    Raises ValueError if there is no text, if vocab_size is too small for bytes and special tokens, and for a pattern
+    that is no regular expression, matches the empty string, or backtracks without end.
     """
     if isinstance(special_tokens, str) or "" in (special_tokens := list(dict.fromkeys(special_tokens))):
         raise ValueError(f"special_tokens={special_tokens!r}: a list of names is needed, none of them empty")
@@ -176,20 +277,13 @@ def train(
         raise ValueError(
             f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens come first"
         )
-    splitter(pattern)  # refuses what is no pattern
-    if pattern not in PATTERNS:  # regex, which learns, knows more than tiktoken, which is to encode
-        try:
-            BPE(pattern, [], {}).to_tiktoken()
-        except ValueError as error:
-            raise ValueError(f"the pattern {pattern!r} does not work in tiktoken: {error}") from None
+    splitter(pattern)  # raises ValueError for what is no pattern
+    if pattern not in PATTERNS:  # the module regex, which cuts here, knows more than tiktoken, which is to encode
+        BPE(pattern, [], {}).encode("")
     with tqdm(unit="B", unit_scale=True, desc="count", disable=None if progress else True) as bar:
-        counts = count_chunks(texts, pattern, workers, bar.update)
-    try:
-        chunks = {chunk.encode(): n for chunk, n in counts.items()}
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"the texts hold {half!r}, half a surrogate pair, which is no character") from None
-    if not any(chunks):
+        counts = count_chunks(map(check_text, texts), pattern, workers, bar.update)
+    chunks = {chunk.encode(): n for chunk, n in counts.items()}
+    if not chunks:
         raise ValueError("there is no text to learn from")
     merges = learn_merges(chunks, number, max_token_length, progress)
     if len(merges) < number:
@@ -199,16 +293,6 @@ def train(
         )
     start = 256 + len(merges)
     return BPE(pattern, [merge[:2] for merge in merges], {name: start + i for i, name in enumerate(special_tokens)})
-
-
-def check_text(text: str) -> None:
-    """ValueError for half a surrogate pair, which is no character and has no bytes."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{text[error.start]!r} at position {error.start} is half a surrogate pair, no character"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,33 +309,58 @@ def read_texts(
 
 
 def shown(token: bytes) -> str:
-    """A token for people."""
-    return repr(token.decode("utf-8", errors="backslashreplace"))
+    """A token for people; a character that is repeated many times is counted."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    if len(text) >= 8 and len(set(text)) == 1:
+        return f"{text[0]!r} x {len(text)}"
+    return repr(text)
+
+
+def spelled(tokens: list[bytes]) -> str:
+    """The tokens of a word, a space marked as ␣; those that only together make a character are shown as its parts.
+
+    [b"lo", b"w"] → "lo w";  [b"\xe4\xbb", b"\x8e"] → "(从: e4bb 8e)"
+    """
+    parts: list[str] = []
+    waiting: list[bytes] = []
+    for token in tokens:
+        waiting.append(token)
+        try:
+            text = b"".join(waiting).decode().replace(" ", "␣")
+        except UnicodeDecodeError:
+            continue
+        pieces = " ".join(piece.hex() for piece in waiting)
+        parts.append(text if len(waiting) == 1 else f"({text}: {pieces})")
+        waiting = []
+    return " ".join([*parts, *(piece.hex() for piece in waiting)])
 
 
 def explain(texts: Iterable[str], arguments: argparse.Namespace) -> None:
-    """Print every merge with its count and what became of the words, as a lecture would."""
+    """Print every merge with its count, and the words that it changed, as a lecture would."""
     chunks = {c.encode(): n for c, n in count_chunks(texts, arguments.pattern).items()}
     words = {chunk: [bytes([byte]) for byte in chunk] for chunk in chunks}
 
-    def state() -> str:
-        return ", ".join(
-            " ".join(t.decode("utf-8", "backslashreplace") for t in w).strip() + f" x{chunks[c]}"
-            for c, w in words.items()
-        )
+    def state(chosen: Iterable[bytes]) -> str:
+        return ", ".join(f"{spelled(words[chunk])} x{chunks[chunk]}" for chunk in chosen)
 
-    print(f"words: {state()}")
+    print(f"words: {state(words)}")
     tokens = [bytes([byte]) for byte in range(256)]
     for left, right, count in learn_merges(chunks, arguments.vocab_size - 256, arguments.max_token_length):
         a, b = tokens[left], tokens[right]
         tokens.append(a + b)
-        for word in words.values():
-            i = 0
-            while i < len(word) - 1:
-                if word[i] == a and word[i + 1] == b:
-                    word[i : i + 2] = [a + b]
-                i += 1
-        print(f"{len(tokens) - 1}: {shown(a)} + {shown(b)}, {count} times → {shown(a + b)}    {state()}")
+        changed = [chunk for chunk, word in words.items() if merge(word, a, b)]
+        pair = f"{spelled([a])} + {spelled([b])}"
+        print(f"{len(tokens) - 1}: {pair}, {count} times → {spelled([a + b])}    {state(changed)}")
+
+
+def merge(word: list[bytes], a: bytes, b: bytes) -> bool:
+    """Replace every neighbouring pair a, b of the word by a + b; returns whether there was one."""
+    before, i = len(word), 0
+    while i < len(word) - 1:
+        if word[i] == a and word[i + 1] == b:
+            word[i : i + 2] = [a + b]
+        i += 1
+    return len(word) < before
 
 
 def info(bpe: BPE, texts: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from common.files import write_whole
 from formats.tokenizer_json import byte_characters
 from tests.bpe_helpers import FIXTURES, PROSE, adversarial, characters, same
 from text import chunks as chunks_module
-from text.chunks import PATTERNS, count_chunks, splitter
+from text.chunks import PATTERNS, complete, count_chunks, splitter
 from text.merges import learn_merges
 
 # --- learning ----------------------------------------------------------------------------------------------------
@@ -165,13 +166,14 @@ def test_training_stops_with_a_warning_when_nothing_is_left(capsys):
     ((["a"], 255), {"special_tokens": ()}, "too small: 256 bytes and 0 special"),
     (([], 300), {}, "no text to learn from"),
     (([""], 300), {}, "no text to learn from"),
-    ((["a"], 300, "gpt5"), {}, "leaves characters of 'a' out"),
+    ((["a"], 300, "gpt5"), {}, "did you mean 'gpt4'. There are gpt2, gpt4, digits"),
     ((["a"], 300, "["), {}, "neither one of gpt2, gpt4, digits nor a regular expression"),
     ((["a"], 300, "(a)|."), {}, "groups that capture"),
-    ((["abc"], 300, "a|b"), {}, "leaves characters of 'abc' out"),
-    ((["abc"], 300, ""), {}, "leaves characters"),
+    ((["abc"], 300, ""), {}, "matches the empty string"),
+    ((["abc"], 300, "a*|."), {}, "matches the empty string"),
+    ((["abc"], 300, r"(?=b)|\w"), {}, "matches the empty string"),
     ((["abc"], 300, r"\X|."), {}, "does not work in tiktoken"),
-    ((["a\ud800"], 300), {}, "'\\\\ud800', half a surrogate pair"),
+    ((["a\ud800"], 300), {}, "'\\\\ud800' at position 1 is half a surrogate pair"),
     ((["a"], 300), {"special_tokens": EOT}, "a list of names is needed"),
     ((["a"], 300), {"special_tokens": [""]}, "none of them empty"),
     ((["a"], 300), {"max_token_length": 0}, "max_token_length=0: at least 1"),
@@ -235,10 +237,35 @@ def test_decoding_what_was_encoded_gives_the_text(vocabularies, pattern):
 
 
 def test_half_a_surrogate_pair_is_refused_with_its_position(vocabularies):
-    for encode in (vocabularies["gpt4"].encode, lambda text: vocabularies["gpt4"].encode_batch(["fine", text])):
-        for text in ("ab\ud800", "ab\udfff\ud800"):
-            with pytest.raises(ValueError, match=r"'\\ud...' at position 2 is half a surrogate pair"):
-                encode(text)
+    for text in ("ab\ud800", "ab\udfff\ud800"):
+        with pytest.raises(ValueError, match=r"'\\ud...' at position 2 is half a surrogate pair"):
+            vocabularies["gpt4"].encode(text)
+
+
+@pytest.mark.parametrize("pattern", [r"\d+", r"[a-z]+|\d", r"(?i)THE", r"[^\s]+"])
+def test_what_a_pattern_leaves_out_is_a_chunk_of_its_own_and_nothing_is_lost(pattern):
+    vocabulary = train([PROSE, "ab12c the The 7"], 400, pattern)
+    for text in [*FIXTURES.values(), "ab12c, the THE 7!"]:
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert complete(r"\d+") and re.findall(complete(r"\d+"), "ab12c") == ["ab", "12", "c"]
+
+
+def test_a_pattern_that_backtracks_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(chunks_module, "TIMEOUT", 0.05)
+    with pytest.raises(ValueError, match="takes too long to cut a text of 42 characters"):
+        train(["a" * 40 + "!b"], 300, r"(?:(?:a|aa)+)+c|b")
+    with pytest.raises(ValueError, match="pattern cannot cut this text"):
+        BPE(r"(?:(?=a)(?:a|aa)+)+c|b", [], {}).encode("a" * 60 + "!")
+
+
+def test_matched_tokens_stand_for_their_spelling_in_texts(tmp_path):
+    vocabulary = BPE("gpt4", [(104, 105)], {EOT: 257}, matched_tokens={"  ": 258, "    ": 259, "<tool>": 260})
+    text = "hi      <tool>hi " + EOT
+    assert vocabulary.encode("hi      <tool>hi") == [256, 259, 258, 260, 256]  # the longest one at each place
+    assert vocabulary.decode(vocabulary.encode(text)) == text and 257 not in vocabulary.encode(text)
+    vocabulary.save(tmp_path / "a.bpe")
+    assert same(BPE.load(tmp_path / "a.bpe"), vocabulary)
+    assert BPE.load(tmp_path / "a.bpe").matched_tokens == vocabulary.matched_tokens
 
 
 def test_any_bytes_survive_decode_bytes_and_invalid_utf8_decodes_as_in_tiktoken(vocabularies):
@@ -247,9 +274,9 @@ def test_any_bytes_survive_decode_bytes_and_invalid_utf8_decodes_as_in_tiktoken(
         data = source.randbytes(source.randrange(40))
         ids = [vocabulary.ranks[data[i : i + 1]] for i in range(len(data))]
         assert vocabulary.decode_bytes(ids) == data
-        assert vocabulary.decode(ids) == vocabulary.to_tiktoken().decode(ids) == data.decode(errors="replace")
+        assert vocabulary.decode(ids) == vocabulary.encoding.decode(ids) == data.decode(errors="replace")
         ids = source.choices(range(vocabulary.vocab_size), k=20)
-        assert vocabulary.decode(ids) == vocabulary.to_tiktoken().decode(ids)
+        assert vocabulary.decode(ids) == vocabulary.encoding.decode(ids)
     assert vocabulary.decode([]) == "" and vocabulary.decode_bytes(iter([])) == b""
 
 
@@ -282,26 +309,12 @@ def test_encoding_equals_the_naive_encoder(vocabularies, pattern):
         assert vocabulary.encode(text) == naive_encode(vocabulary, text)
 
 
-def test_a_batch_is_encoded_like_its_texts(vocabularies):
-    vocabulary, texts = vocabularies["gpt4"], [*FIXTURES.values(), PROSE, EOT + "a"]
-    for threads in (None, 1, 3):
-        assert vocabulary.encode_batch(texts, threads=threads) == [vocabulary.encode(text) for text in texts]
-        assert vocabulary.encode_batch(texts, [EOT], threads) == [vocabulary.encode(text, [EOT]) for text in texts]
-    assert vocabulary.encode_batch([]) == []
-
-
-def test_a_special_token_is_never_made_from_text_unless_it_is_allowed_by_name(vocabularies):
+def test_a_special_token_is_never_made_from_text(vocabularies):
     for vocabulary in vocabularies.values():
         special = set(vocabulary.special_tokens.values())
         assert list(vocabulary.special_tokens) == list(SPECIAL_TOKENS) and special == set(range(995, 1000))
         text = "".join(f"a{name}{name} " for name in SPECIAL_TOKENS)
         assert not special & set(vocabulary.encode(text)) and vocabulary.decode(vocabulary.encode(text)) == text
-        assert not special & set(vocabulary.encode_batch([text])[0])
-        ids = vocabulary.encode(text, allowed_special={EOT})
-        assert special & set(ids) == {vocabulary.special_tokens[EOT]} and vocabulary.decode(ids) == text
-        assert vocabulary.encode("<|user|>", SPECIAL_TOKENS) == [997]
-        with pytest.raises(ValueError, match="'<.other.>' is no special token here: <.endoftext.>, "):
-            vocabulary.encode("a", allowed_special=["<|other|>"])
 
 
 def test_special_tokens_are_never_learned_and_may_be_none():
@@ -312,7 +325,7 @@ def test_special_tokens_are_never_learned_and_may_be_none():
 
 def test_the_tiktoken_encoding_has_the_same_ids(vocabularies):
     for vocabulary in vocabularies.values():
-        encoding = vocabulary.to_tiktoken()
+        encoding = vocabulary.encoding
         assert encoding.n_vocab == vocabulary.vocab_size and encoding.eot_token == 995
         assert encoding.encode_ordinary(PROSE) == vocabulary.encode(PROSE)
 
@@ -363,15 +376,15 @@ def test_a_foreign_file_is_refused(tmp_path, content):
         BPE.load(tmp_path / "a.bpe")
 
 
-def test_a_missing_file_and_a_future_version_are_told(tmp_path, monkeypatch):
+def test_a_missing_file_and_a_future_version_are_told(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*none.bpe: No such file"):
         BPE.load(tmp_path / "none.bpe")
     with pytest.raises(ValueError, match="cannot read"):
         BPE.load(tmp_path)
-    monkeypatch.setattr(bpe, "FORMAT", {"format": "plaingpt-bpe", "version": 2})
-    train(["a b"], 261).save(tmp_path / "a.bpe")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="format version 2, this code reads 1"):
+    content = train(["a b"], 261).content()
+    del content["sha256"]
+    (tmp_path / "a.bpe").write_text(json.dumps(bpe.with_checksum(content | {"version": 3})))
+    with pytest.raises(ValueError, match="format version 3, this code reads 1 to 2"):
         BPE.load(tmp_path / "a.bpe")
 
 
@@ -394,3 +407,23 @@ def test_saving_to_a_pipe_writes_to_it_and_leaves_it_a_pipe(tmp_path):
         text = reader.submit((tmp_path / "pipe").read_text)
         write_whole(tmp_path / "pipe", "text")
         assert text.result() == "text\n" and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("merges", "x"), ("merges", ["1"]), ("merges", ["9 a"]), ("merges", ["300 300"]), ("alphabet", [1]),
+     ("alphabet", ["a"]), ("special_tokens", {"a": "b"}), ("special_tokens", {"a": 5}), ("first_id", "0"),
+     ("first_id", 1 << 40), ("pattern", None), ("matched_tokens", [])], ids=str,
+)  # fmt: skip
+def test_a_file_with_fields_of_wrong_types_is_one_line(tmp_path, field, value):
+    content = train(["a b"], 261).content()
+    del content["sha256"]
+    (tmp_path / "a.bpe").write_text(json.dumps(bpe.with_checksum(content | {field: value})))
+    with pytest.raises(ValueError, match="a.bpe"):
+        BPE.load(tmp_path / "a.bpe")
+
+
+def test_people_see_spaces_whole_characters_and_long_runs():
+    assert bpe.spelled([b" lo", b"w"]) == "␣lo w"
+    assert bpe.spelled(["从".encode()[:2], "从".encode()[2:], "前".encode()]) == "(从: e4bb 8e) 前"
+    assert bpe.shown(b" " * 39) == "' ' x 39" and bpe.shown(b"  ") == "'  '"

@@ -15,6 +15,7 @@ from common import cli, textfile
 from tests.bpe_helpers import FIXTURES, PROSE, ROOT, same
 from text.chunks import PATTERNS, count_chunks, splitter
 from text.merges import learn_merges
+from text.tokenizer import CharTokenizer
 
 
 def run(*command: object, input: bytes = b"") -> subprocess.CompletedProcess:
@@ -89,10 +90,12 @@ def test_explain_prints_the_textbook_example(command):
     words = b"low low low low low lower lower newest newest newest newest newest newest widest widest widest"
     done = command("train", "--explain", "--input", "-", "--vocab_size", "262", input=words)
     lines = done.stdout.decode().splitlines()
-    assert done.returncode == 0 and len(lines) == 7 and lines[0].startswith("words: l o w x1, l o w x4, l o w e r x2")
+    assert (
+        done.returncode == 0 and len(lines) == 7 and lines[0].startswith("words: l o w x1, ␣ l o w x4, ␣ l o w e r x2")
+    )
     # `we` and `es` and `st` occur 8, 9 and 9 times: of the last two, e < s decides, then s < t
-    assert lines[1].startswith("256: 'e' + 's', 9 times → 'es'")
-    assert lines[2].startswith("257: 'es' + 't', 9 times → 'est'") and "n e w est x6" in lines[2]
+    assert lines[1] == "256: e + s, 9 times → es    ␣ n e w es t x6, ␣ w i d es t x3"
+    assert lines[2] == "257: es + t, 9 times → est    ␣ n e w est x6, ␣ w i d est x3"
     merges = learn_merges({c.encode(): n for c, n in count_chunks([words.decode()], "gpt4").items()}, 6)
     assert [re.search(r", (\d+) times", line)[1] for line in lines[1:]] == [str(count) for *_, count in merges]
 
@@ -156,4 +159,6 @@ def test_the_tokenizer_json_command(vocabularies, tmp_path):
         done = run("-m", "formats.tokenizer_json", kind, tmp_path / source, tmp_path / target)
         assert done.returncode == 0, done.stderr
     assert same(BPE.load(tmp_path / "b.bpe"), vocabularies["gpt4"])
-    assert "usage: " in refused(run("-m", "formats.tokenizer_json", "convert"))
+    CharTokenizer("ab", eot=True).save(tmp_path)
+    done = run("-m", "formats.tokenizer_json", "export", tmp_path / "tokenizer.json", tmp_path / "t.json")
+    assert "holds a char tokenizer, which has no merges" in refused(done)

@@ -187,7 +187,21 @@ def test_char_collects_the_characters_of_all_texts():
 
 def test_the_file_is_plain_json(tmp_path):
     CharTokenizer("ab", eot=True).save(tmp_path)
-    assert json.loads((tmp_path / "tokenizer.json").read_text()) == {"kind": "char", "characters": "ab", "eot": True}
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert content.pop("sha256") and content == {"kind": "char", "characters": "ab", "eot": True}
+
+
+@pytest.mark.parametrize("change", [{"characters": "ba"}, {"characters": "ac"}, {"eot": False}])
+def test_a_changed_file_is_told_and_one_from_before_there_were_checksums_opens(tmp_path, change):
+    path = tmp_path / "tokenizer.json"
+    CharTokenizer("ab", eot=True).save(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match="tokenizer.json is damaged: its checksum differs"):
+        load_tokenizer(tmp_path)
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).characters == "ab"
 
 
 def test_the_char_tokenizer_does_not_import_tiktoken():

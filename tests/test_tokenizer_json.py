@@ -4,12 +4,13 @@ import json
 import os
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bpe import BPE, EOT, train
-from formats.tokenizer_json import export_tokenizer_json, import_tokenizer_json
+from formats.tokenizer_json import byte_characters, export_tokenizer_json, import_tokenizer_json
 from tests.bpe_helpers import FIXTURES, PROSE, adversarial, same
 from text.chunks import PATTERNS
+from text.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
@@ -19,9 +20,8 @@ def test_an_exported_vocabulary_has_the_same_ids_in_tokenizers(vocabularies, pat
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert theirs.get_vocab_size() == vocabulary.vocab_size
     for name, id in vocabulary.special_tokens.items():
-        assert theirs.token_to_id(name) == id and theirs.encode(f"a{name}b").ids == vocabulary.encode(
-            f"a{name}b", [name]
-        )
+        assert theirs.token_to_id(name) == id
+        assert theirs.encode(f"a{name}b").ids == [*vocabulary.encode("a"), id, *vocabulary.encode("b")]
     theirs.encode_special_tokens = True  # special tokens in text are text, as in ours
     for text in [*FIXTURES.values(), PROSE, *adversarial()[-500:]]:
         ids = vocabulary.encode(text)
@@ -55,7 +55,7 @@ def test_an_imported_vocabulary_has_the_ids_it_had(gpt2_like, tmp_path):
     vocabulary = import_tokenizer_json(path)
     assert (vocabulary.pattern, vocabulary.first_id, vocabulary.special_tokens) == ("gpt2", 2, {EOT: 0, "<pad>": 1})
     assert vocabulary.vocab_size == theirs.get_vocab_size()
-    assert vocabulary.encode(EOT, [EOT]) == theirs.encode(EOT).ids == [0]
+    assert [vocabulary.special_tokens[EOT]] == theirs.encode(EOT).ids == [0]
     theirs.encode_special_tokens = True
     texts = [*FIXTURES.values(), PROSE, *adversarial()[-300:]]
     assert [vocabulary.encode(text) for text in texts] == [theirs.encode(text).ids for text in texts]
@@ -86,7 +86,15 @@ def change(content: dict, path: str, value: object) -> None:
     ("model/vocab", {"▁the": 0}, "no tokenizer.json of a byte-level BPE"),
     ("model/merges", [["a", "zzzz"]], "no tokenizer.json of a byte-level BPE"),
     ("model/merges", [], "do not follow the order"),
-    ("normalizer", {"type": "NFC"}, r"changes the text before it encodes it \(NFC\)"),
+    ("normalizer", {"type": "NFC"}, "changes the text before it encodes it: it has the normalizer NFC"),
+    ("post_processor", {"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}, "adds <s> to every text.*--drop"),
+    ("truncation", {"max_length": 5}, "its truncation is .*--drop truncation"),
+    ("added_tokens", [{"content": "x", "id": 9, "special": False, "lstrip": True}], "'x' has lstrip=true"),
+    ("added_tokens", [{"content": EOT, "id": 0, "special": True}, {"content": "<pad>", "id": 1, "special": True},
+                      {"content": "<x>", "id": 9, "special": True}], "two tokens share the id 9"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": x}, "behavior": "Isolated", "invert": False} for x in "abc"]},
+     r"in 3 steps \(Split, Split, Split\)"),
     ("pre_tokenizer", None, "no tokenizer.json of a byte-level BPE"),
     ("pre_tokenizer", {"type": "Whitespace"}, "cuts text in a way not known here: Whitespace"),
     ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, "not known here: ByteLevel"),
@@ -129,3 +137,58 @@ def test_what_a_tokenizer_json_cannot_say_is_not_exported(tmp_path):
         with pytest.raises(ValueError, match=message):
             export_tokenizer_json(vocabulary, tmp_path / "t.json")
     assert not os.listdir(tmp_path)
+
+
+BLOOM = r" ?[^(\s|[.,!?…。,、।۔،])]+"  # leaves punctuation and spaces out
+
+
+@pytest.mark.parametrize("pattern", [BLOOM, r"\d+", r"[A-Za-z]+"])
+def test_what_an_isolated_split_leaves_out_is_kept_as_hugging_face_keeps_it(tmp_path, pattern):
+    theirs = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence([split, level]), decoders.ByteLevel()
+    theirs.train_from_iterator([PROSE, *FIXTURES.values()], trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    theirs.save(str(tmp_path / "t.json"))
+    vocabulary = import_tokenizer_json(tmp_path / "t.json")
+    for text in ["Hello, world!", *FIXTURES.values(), PROSE]:
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+        assert vocabulary.encode(text) == theirs.encode(text).ids
+
+
+def test_added_tokens_that_are_not_special_are_matched_in_texts_as_hugging_face_does(gpt2_like, tmp_path):
+    theirs = Tokenizer.from_file(str(gpt2_like[0]))
+    theirs.add_tokens(["    ", "  ", "<tool>", "<tool", "\t\t"])
+    theirs.save(str(tmp_path / "t.json"))
+    theirs.encode_special_tokens = True
+    vocabulary = import_tokenizer_json(tmp_path / "t.json")
+    assert len(vocabulary.matched_tokens) == 5 and vocabulary.special_tokens == {EOT: 0, "<pad>": 1}
+    texts = ["a      b<tool><tool x\t\t\t", *FIXTURES.values()]
+    assert [vocabulary.encode(text) for text in texts] == [theirs.encode(text).ids for text in texts]
+    export_tokenizer_json(vocabulary, tmp_path / "again.json")
+    assert import_tokenizer_json(tmp_path / "again.json").matched_tokens == vocabulary.matched_tokens
+
+
+def test_another_end_token_is_named_and_remembered(gpt2_like, tmp_path):
+    content = json.loads(gpt2_like[0].read_text())
+    content["post_processor"] = {"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    vocabulary = import_tokenizer_json(tmp_path / "t.json", eot="<pad>", drop=["post_processor"])
+    vocabulary.save(tmp_path / "a.bpe")
+    assert load_tokenizer(tmp_path / "a.bpe").eot_id == 1
+    with pytest.raises(ValueError, match="has no special token '</s>': choose among <.endoftext.>, <pad>"):
+        import_tokenizer_json(gpt2_like[0], eot="</s>")
+
+
+def test_a_token_that_the_merges_never_make_is_refused(tmp_path):
+    merges = [("a", "b"), ("c", "d"), ("b", "c"), ("a", "bc"), ("abc", "d")]  # "abcd" is merged to "ab", "cd"
+    vocab = {character: n for n, character in enumerate(byte_characters().values())}
+    vocab |= {left + right: 256 + n for n, (left, right) in enumerate(merges)}
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    (tmp_path / "t.json").write_text(json.dumps({"model": model, "pre_tokenizer": plain, "added_tokens": []}))
+    with pytest.raises(ValueError, match="its merges never make its token 259, b'abc'"):
+        import_tokenizer_json(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(json.dumps({"model": model | {"ignore_merges": True}, "pre_tokenizer": plain}))
+    assert import_tokenizer_json(tmp_path / "t.json").encode("abcd") == [260]

@@ -7,15 +7,14 @@ ordinary text: a special token spelled out in it stays text, so that no document
 """
 
 import difflib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from bpe import BPE, EOT
-from common.files import write_json
+from bpe import BPE, EOT, encode_ordinary, with_checksum, without_checksum
+from common.files import read_json, write_json
 
 FILE_NAME = "tokenizer.json"
 
@@ -58,7 +57,7 @@ class CharTokenizer:
         return {"kind": "char", "characters": self.characters, "eot": self.eot_id is not None}
 
     def save(self, folder: str | os.PathLike) -> None:
-        write_json(Path(folder) / FILE_NAME, self.content())
+        write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 
 class TiktokenTokenizer:
@@ -86,7 +85,7 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, in which no special token is recognised."""
-        return self._encoding.encode_ordinary(text)
+        return encode_ordinary(self._encoding, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
@@ -99,7 +98,7 @@ class TiktokenTokenizer:
         return {"kind": "tiktoken", "encoding": self.name}
 
     def save(self, folder: str | os.PathLike) -> None:
-        write_json(Path(folder) / FILE_NAME, self.content())
+        write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 
 class BPETokenizer:
@@ -108,7 +107,7 @@ class BPETokenizer:
     def __init__(self, bpe: BPE):
         self.bpe, self.name, self.vocab_size = bpe, "bpe", bpe.vocab_size
         self.special_tokens = bpe.special_tokens
-        self.eot_id = bpe.special_tokens.get(EOT)
+        self.eot_id = bpe.special_tokens[bpe.eot] if bpe.eot else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, in which no special token is recognised."""
@@ -116,10 +115,10 @@ class BPETokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
-        return _decoded(self.bpe.to_tiktoken(), _checked(ids, self.vocab_size))
+        return _decoded(self.bpe.encoding, _checked(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
-        return _bytes_of(self.bpe.to_tiktoken(), token)
+        return _bytes_of(self.bpe.encoding, token)
 
     def content(self) -> dict:
         return self.bpe.content()
@@ -158,7 +157,7 @@ class ExtendedTokenizer:
         return {"kind": "extended", "base": self.base.content(), "special_tokens": self.added}
 
     def save(self, folder: str | os.PathLike) -> None:
-        write_json(Path(folder) / FILE_NAME, self.content())
+        write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 
 Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer
@@ -173,15 +172,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(
             f"no tokenizer at {str(path)!r}: give a prepared corpus, a run folder, a {FILE_NAME} or a .bpe"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{str(path)!r} is damaged, or no tokenizer of this project: it is not JSON") from None
+    content = read_json(path, "a tokenizer of this project")
     return _from_content(content, path)
 
 
 def _from_content(content: object, path: Path) -> Tokenizer:
     """The tokenizer of a file's content; path is for messages only."""
+    if isinstance(content, dict) and "kind" in content:
+        content = without_checksum(content, path)
     match content:  # a further kind of tokenizer is one more case here, and one more name in tokenizer_from_name
         case {"kind": "char", "characters": str(characters), "eot": bool(eot)}:
             tokenizer = CharTokenizer(characters, eot)
