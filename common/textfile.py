@@ -131,7 +131,8 @@ def _utf16_order(head: bytes) -> str:
 
 
 def _convert(path: Path, encoding: str) -> str:
-    return f"convert it first: iconv -f {encoding} -t utf-8 {path} > converted.txt"
+    unpack = "unpack it, then " if path.suffix.lower() in PACKED_SUFFIXES else ""
+    return f"{unpack}convert it: iconv -f {encoding} -t utf-8 {path} > converted.txt"
 
 
 # --- from text to JSON values ------------------------------------------------------------------------------------

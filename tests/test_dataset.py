@@ -1,259 +1,16 @@
-import hashlib
+"""Opening a corpus, and its batches."""
+
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from text import tokenise
+from tests.corpus_helpers import ONE_OF_EACH, numbers
 from text.corpus import Corpus, write_corpus
-from text.tokenizer import CharTokenizer, TiktokenTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the quick brown fox jumps over a lazy dog, while in 1984 nobody's watching!".split(" ")
-
-
-class CountingTokenizer:
-    """Tokens are the texts' own numbers, so that a corpus can be any sequence of ids."""
-
-    name, eot_id, special_tokens = "counting", None, {}
-
-    def __init__(self, vocab_size=100_000):
-        self.vocab_size = vocab_size
-
-    def encode(self, text):
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
-    def save(self, folder):
-        CharTokenizer("a", eot=False).save(folder)
-
-
-def numbers(folder, train, val=(0, 1)):
-    """A corpus of these tokens."""
-    documents = [(split, " ".join(map(str, ids))) for split, ids in (("train", train), ("val", val))]
-    write_corpus(folder, documents, CountingTokenizer(), workers=1)
-    return Corpus(folder)
-
-
-def prose(size, seed=0):
-    """`size` characters of words, with some line breaks and runs of spaces."""
-    rng = np.random.default_rng(seed)
-    ends = np.array([" ", " ", " ", " ", "\n", "  ", ". ", "!\n\n"])
-    words = zip(rng.choice(WORDS, size // 4), rng.choice(ends, size // 4), strict=True)
-    return "".join(word + end for word, end in words)[:size]
-
-
-def names_in(folder):
-    """What a user sees in a folder: the lock is hidden."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith(".")) + temporary(folder)
-
-
-def temporary(folder):
-    return [path.name for path in Path(folder).glob(".prepare-*/")]
-
-
-def bytes_of(folder):
-    return {name: (folder / name).read_bytes() for name in names_in(folder)}
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def test_files_hold_the_tokens_with_end_of_text_after_each_document(tmp_path):
-    tokenizer = CharTokenizer("abé", eot=True)
-    meta = write_corpus(tmp_path, [("train", "ab"), ("val", "é"), ("train", ""), ("train", "b")], tokenizer)
-    assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [0, 1, 3, 1, 3]
-    assert np.fromfile(tmp_path / "val.bin", "<u2").tolist() == [2, 3]
-    assert meta == json.loads((tmp_path / "meta.json").read_text())
-    assert meta["dtype"] == "uint16" and meta["vocab_size"] == 4
-    train = (tmp_path / "train.bin").read_bytes()
-    expected = {"tokens": 5, "bytes": 3, "documents": 2, "sha256": hashlib.sha256(train).hexdigest()}
-    assert meta["splits"]["train"] == expected  # an empty document is none
-    assert names_in(tmp_path) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
-
-
-def test_a_tokenizer_without_end_of_text_joins_documents(tmp_path):
-    write_corpus(tmp_path, [("train", "ab"), ("train", "a"), ("val", "b")], CharTokenizer("ab", eot=False))
-    assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [0, 1, 0]
-
-
-@pytest.mark.parametrize("vocab_size, dtype", [(65536, "uint16"), (65537, "uint32")])
-def test_the_vocabulary_chooses_the_width_of_tokens(tmp_path, vocab_size, dtype):
-    documents = [("train", f"0 {vocab_size - 1}"), ("val", "1")]
-    assert write_corpus(tmp_path, documents, CountingTokenizer(vocab_size))["dtype"] == dtype
-    idx, targets = Corpus(tmp_path).batch("train", 0, seed=0, batch_size=1, block_size=1)
-    assert (idx.item(), targets.item()) == (0, vocab_size - 1)
-
-
-def test_the_files_do_not_depend_on_the_number_of_workers(tmp_path, tiny_encoding):
-    tokenizer = TiktokenTokenizer(tiny_encoding)
-    text = prose(1_000_000)
-
-    def documents():
-        for i in range(20):
-            yield ("val" if i % 7 == 3 else "train"), text[i * 5 : i * 5 + 300_000]
-        yield "train", (text[i : i + 999] for i in range(0, len(text), 999))  # one in parts
-
-    for workers in (1, 2):
-        write_corpus(tmp_path / str(workers), documents(), tokenizer, workers=workers)
-    assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
-
-
-def test_cutting_a_long_document_does_not_change_its_tokens(tmp_path, tiny_encoding, monkeypatch):
-    monkeypatch.setattr(tokenise, "PIECE", 50)
-    tokenizer = TiktokenTokenizer(tiny_encoding)
-    text = prose(20_000)
-    write_corpus(tmp_path, [("train", text), ("val", iter(text))], tokenizer)
-    for split in ("train", "val"):  # one given whole, one character by character
-        assert np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() == [*tokenizer.encode(text), tokenizer.eot_id]
-
-
-@pytest.mark.parametrize("text", ["x" * 500, " " * 500, "\n" * 500, "a\n" * 250, " a" + " " * 300, "世" * 500])
-def test_text_without_a_good_place_to_cut_is_cut_all_the_same(text, monkeypatch):
-    monkeypatch.setattr(tokenise, "PIECE", 64)
-    pieces = list(tokenise.pieces([("train", text), ("val", ""), ("val", iter(["", "b", ""]))]))
-    assert "".join(piece for split, piece, _ in pieces if split == "train") == text
-    assert all(1 <= len(piece) <= 64 for _, piece, _ in pieces)
-    assert [ends for _, _, ends in pieces] == [False] * (len(pieces) - 2) + [True, True]
-    assert pieces[-1] == ("val", "b", True)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_documents_in_flight_are_bounded(workers, monkeypatch):
-    monkeypatch.setattr(tokenise, "TASK", 1 << 16)
-    drawn = 0
-
-    def documents():
-        nonlocal drawn
-        for _ in range(60):
-            drawn += 1
-            yield "train", text
-
-    text = "a" * tokenise.TASK  # each document makes one task
-    most = 0
-    encoded = tokenise.encode_documents(documents(), CharTokenizer("a", eot=True), np.dtype("<u2"), workers)
-    for done, _ in enumerate(encoded, 1):
-        most = max(most, drawn - done)
-        if done == 20:
-            break
-    encoded.close()
-    assert drawn < 30 and most <= 2 * workers + 4
-
-
-def test_memory_stays_flat_on_a_corpus_sixteen_times_larger(tmp_path):
-    code = """if True:
-        import itertools, resource, sys
-        from text.corpus import write_corpus
-        from text.tokenizer import CharTokenizer
-        megabytes = int(sys.argv[2])
-        book = ("some text\\n" * 10_000 for _ in range(megabytes * 5))  # half of it in one document
-        short = (("val", "some text\\n" * 1000) for _ in range(megabytes * 50))  # half in short ones
-        documents = itertools.chain([("train", book)], short)
-        write_corpus(sys.argv[1], documents, CharTokenizer("some text\\n", eot=True), workers=1)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    """
-    peaks = []
-    for size in (2, 32):
-        run = [sys.executable, "-c", code, str(tmp_path), str(size)]
-        peaks.append(int(subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] < peaks[0] + 10, f"peak of {peaks[0]:.0f} MB for 2 MB of text, {peaks[1]:.0f} MB for 32 MB"
-
-
-def interrupted(documents, error):
-    yield from documents
-    raise error
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("line 3: not UTF-8"), OSError("disk full")])
-def test_an_interrupted_prepare_leaves_nothing_that_opens(tmp_path, error):
-    documents = interrupted([("train", "ab"), ("val", "ab")], error)
-    with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        write_corpus(tmp_path, documents, CharTokenizer("ab", eot=True))
-    assert names_in(tmp_path) == []
-    with pytest.raises(ValueError, match="no prepared corpus"):
-        Corpus(tmp_path)
-
-
-def test_an_interrupted_prepare_over_an_old_corpus_leaves_the_old_one(tmp_path):
-    write_corpus(tmp_path, [("train", "ab"), ("val", "ab")], CharTokenizer("ab", eot=True))
-    before = bytes_of(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        documents = interrupted([("train", "cc"), ("val", "cc")], KeyboardInterrupt)
-        write_corpus(tmp_path, documents, CharTokenizer("c", eot=True))
-    assert bytes_of(tmp_path) == before
-
-
-@pytest.mark.parametrize("calls", range(6))
-def test_an_interruption_between_the_renames_leaves_the_old_corpus_or_none(tmp_path, monkeypatch, calls):
-    write_corpus(tmp_path, [("train", "ab"), ("val", "ab")], CharTokenizer("ab", eot=True))
-    before = bytes_of(tmp_path)
-    replace, left = os.replace, calls
-
-    def stopping(source, target):
-        nonlocal left
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        write_corpus(tmp_path, [("train", "cc"), ("val", "cc")], CharTokenizer("c", eot=True))
-    assert not temporary(tmp_path)
-    if calls < 2:  # tokenizer.json and meta.json are being written, to the temporary folder
-        assert bytes_of(tmp_path) == before
-    else:
-        with pytest.raises(ValueError, match="no prepared corpus"):
-            Corpus(tmp_path)
-
-
-def test_a_killed_prepare_leaves_no_process_and_nothing_that_opens(tmp_path, tiny_encoding):
-    code = """if True:
-        import itertools, os, signal, sys
-        from text.corpus import write_corpus
-        from text.tokenizer import TiktokenTokenizer
-        def documents():
-            for i in itertools.count():
-                if i == 40: os.kill(os.getpid(), signal.SIGKILL)
-                yield ("val" if i % 2 else "train"), "some words " * 50_000
-        if __name__ == "__main__":
-            write_corpus(sys.argv[1], documents(), TiktokenTokenizer("tiny"), workers=2)
-    """
-    script = tmp_path / "prepare_forever.py"
-    script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
-    # The workers hold their parent's stderr: that this call returns shows that they are gone too.
-    run = subprocess.run(
-        [sys.executable, script, tmp_path / "c"], env=environment, stderr=subprocess.PIPE, timeout=20, check=False
-    )
-    assert run.returncode == -9
-    assert temporary(tmp_path / "c")
-    with pytest.raises(ValueError, match="no prepared corpus"):
-        Corpus(tmp_path / "c")
-
-
-@pytest.mark.parametrize("documents", [[], [("train", "a")], [("val", "a")], [("train", ""), ("val", "a")]])
-def test_an_empty_split_is_refused(tmp_path, documents):
-    with pytest.raises(ValueError, match="split is empty: give more text"):
-        write_corpus(tmp_path, documents, CharTokenizer("a", eot=True))
-    assert names_in(tmp_path) == []
-
-
-def test_an_error_in_a_worker_arrives_as_it_is(tmp_path):
-    documents = [("train", "a" * tokenise.TASK)] * 5 + [("train", "aaab")]
-    with pytest.raises(ValueError, match=r"'b' \(U\+0062\) at position 3"):
-        write_corpus(tmp_path, documents, CharTokenizer("a", eot=True), workers=2)
-    assert names_in(tmp_path) == []
-
+from text.tokenizer import CharTokenizer
 
 # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -278,6 +35,63 @@ def test_a_token_file_of_the_wrong_size_is_refused(tmp_path, name):
     path.unlink()
     with pytest.raises(ValueError, match=f"{name}' has 0 bytes"):
         Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("value", [True, 0, -1, 1.5, "10", None, [10], {"a": 1}, 10**400])
+def test_sizes_of_wrong_types_are_refused(tmp_path, value):
+    numbers(tmp_path, range(10))
+    path = tmp_path / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"vocab_size": value}))
+    with pytest.raises(ValueError, match="damaged, or not of this project"):
+        Corpus(tmp_path)
+    for split, key in (("train", "tokens"), ("val", "bytes"), ("val", "tokens")):
+        damaged = json.loads(json.dumps(meta))
+        damaged["splits"][split][key] = value
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="damaged, or not of this project"):
+            Corpus(tmp_path)
+
+
+def test_a_vocabulary_beyond_the_width_of_tokens_is_refused(tmp_path):
+    write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"vocab_size": 65537}))
+    with pytest.raises(ValueError, match="damaged"):
+        Corpus(tmp_path)
+
+
+def test_a_token_beyond_the_vocabulary_is_told_before_a_model_sees_it(tmp_path):
+    write_corpus(tmp_path, [("train", "ab" * 50), ("val", "ab" * 50)], CharTokenizer("ab", eot=True))
+    corpus = Corpus(tmp_path)
+    corpus.batch("train", 0, seed=0, batch_size=4, block_size=10)
+    for split in ("train", "val"):
+        tokens = np.fromfile(tmp_path / f"{split}.bin", "<u2")
+        tokens[::5] = 3
+        tokens.tofile(tmp_path / f"{split}.bin")
+    corpus = Corpus(tmp_path)
+    with pytest.raises(ValueError, match="train.bin holds token id 3, beyond its vocabulary of 3"):
+        corpus.batch("train", 0, seed=0, batch_size=4, block_size=10)
+    with pytest.raises(ValueError, match="val.bin holds token id 3, beyond its vocabulary of 3"):
+        next(corpus.windows("val", 10, 4))
+
+
+def test_a_tokenizer_of_the_same_size_but_other_letters_is_refused(tmp_path):
+    write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
+    CharTokenizer("ac", eot=True).save(tmp_path)
+    with pytest.raises(ValueError, match="is not the one its corpus was made with .its SHA-256 differs"):
+        _ = Corpus(tmp_path).tokenizer
+
+
+def test_a_corpus_of_the_first_version_opens(tmp_path):
+    """Its meta.json had no hash of the tokenizer."""
+    write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    old = {key: meta[key] for key in ("format", "version", "dtype", "tokenizer", "vocab_size", "splits")}
+    (tmp_path / "meta.json").write_text(json.dumps(old))
+    corpus = Corpus(tmp_path)
+    corpus.verify()
+    assert corpus.tokenizer.decode([0, 1]) == "ab"
 
 
 @pytest.mark.parametrize("key", ["format", "version", "dtype", "vocab_size", "splits"])

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 import bpe
-from common import textfile
 from data.shakespeare_char import tiny_shakespeare as shakespeare
 from text.corpus import Corpus
-from text.documents import Documents, parts_of, split_of
+from text.documents import Documents, split_of
 from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,137 +41,9 @@ def script(name):
     return module
 
 
-def texts(*paths, val_fraction=0.5):
-    return [(split, "".join(parts_of(text))) for split, text in Documents(paths, val_fraction)]
-
-
 def jsonl(path, documents):
     path.write_text("".join(json.dumps({"text": text, "id": 7}) + "\n" for text in documents))
     return path
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def test_a_text_file_is_cut_at_the_line_break_before_its_last_part(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("first\r\nzweite Zeile: ü\nthird line\nlast".encode())
-    assert texts(path, val_fraction=0.3) == [("train", "first\r\nzweite Zeile: ü\n"), ("val", "third line\nlast")]
-
-
-@pytest.mark.parametrize("block", [4, 5, 7, 64, 1 << 20])
-@pytest.mark.parametrize(
-    "text", ["one\ntwo\nthree\nfour\n", "no breaks but spaces", "世界" * 20, "é", "\n\n\n\n", "🙂" * 9]
-)
-def test_a_text_file_loses_nothing_wherever_it_is_cut(tmp_path, monkeypatch, text, block):
-    monkeypatch.setattr(textfile, "BLOCK", block)
-    path = tmp_path / "a.txt"
-    path.write_text(text)
-    for val_fraction in (0.01, 0.3, 0.5, 0.8, 0.99):
-        found = texts(path, val_fraction=val_fraction)
-        assert "".join(part for _, part in found) == text
-        assert [split for split, part in found if part] in (["train", "val"], ["val"])
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "a.txt").write_text("ab\ncd\n", encoding="utf-8-sig")
-    assert texts(tmp_path / "a.txt", val_fraction=0.3) == [("train", "ab\n"), ("val", "cd\n")]
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
-    assert [text for _, text in texts(tmp_path / "a.jsonl")] == ["a"]
-
-
-def test_jsonl_and_parquet_hold_the_same_documents(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    documents = ["one", "", "two\nlines", "드 é 🙂", "five" * 1000]
-    parquet.write_table(pyarrow.table({"id": range(5), "text": documents}), tmp_path / "a.parquet")
-    found = texts(jsonl(tmp_path / "a.jsonl", documents))
-    assert [text for _, text in found] == documents
-    assert texts(tmp_path / "a.parquet") == found
-    (tmp_path / "b.JSONL").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\n\n \r\n"))
-    assert texts(tmp_path / "b.JSONL") == found
-
-
-def test_the_split_depends_neither_on_order_nor_on_files(tmp_path):
-    documents = [f"document {i}" for i in range(2000)]
-    one = texts(jsonl(tmp_path / "all.jsonl", documents), val_fraction=0.1)
-    two = texts(
-        jsonl(tmp_path / "a.jsonl", documents[1200::-1]),
-        jsonl(tmp_path / "b.jsonl", documents[1201:]),
-        val_fraction=0.1,
-    )
-    assert sorted(one) == sorted(two)
-    assert 150 < sum(split == "val" for split, _ in one) < 250
-    assert split_of("document 0", 0.1) == split_of("document 0", 0.1)
-
-
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
-        (b"{bad", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b'{"text": "a"} trailing', "not valid JSON"),
-        (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"txt": "a", "id": 1}', "not the fields txt, id"),
-        (b'["text"]', "not a list"),
-        (b"null", "not a NoneType"),
-        (b'{"text": 5}', "must be a string, not int"),
-        (b'{"text": null}', "must be a string, not NoneType"),
-        (b'{"text": "\\ud800"}', "is no character"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, complaint):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
-    with pytest.raises(ValueError, match=f"a.jsonl, line 3: .*{complaint}"):
-        texts(path)
-
-
-@pytest.mark.parametrize("block", [1, 4, 1 << 20])
-@pytest.mark.parametrize(
-    "content, line", [(b"a\nb\n\xff\nc", 3), (b"\xff\xfea\0\n\0\0", 2), (b"a\n\n\n\nb \xe4\xb8", 5)]
-)
-def test_text_that_is_no_utf8_is_named_with_its_line(tmp_path, monkeypatch, content, line, block):
-    monkeypatch.setattr(textfile, "BLOCK", block)
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    for val_fraction in (0.01, 0.99):
-        with pytest.raises(ValueError, match=f"a.txt, line {line}: not UTF-(8|16) .*iconv -f ENCODING .*a.txt"):
-            texts(path, val_fraction=val_fraction)
-
-
-def test_bad_parquet_is_named_with_its_row(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
-    for column, complaint in [
-        (["a", None], 'row 2: "text" must be a string, not NoneType'),
-        ([1, 2], 'row 1: "text" must be a string, not int'),
-        (pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string()), "row 2: not UTF-8"),
-    ]:
-        parquet.write_table(pyarrow.table({"text": column}), path)
-        with pytest.raises(ValueError, match=complaint):
-            texts(path)
-    parquet.write_table(pyarrow.table({"other": [1]}), path)
-    with pytest.raises(ValueError, match='has no column "text", only the fields other \\(--text_field'):
-        texts(path)
-    for content in (b"junk", path.read_bytes()[:-20]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="not a readable .parquet file"):
-            texts(path)
-
-
-def test_wrong_files_are_refused_before_anything_is_read(tmp_path):
-    good = jsonl(tmp_path / "good.jsonl", ["a"])
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "a.pdf").write_text("a")
-    (tmp_path / "folder.txt").mkdir()
-    for name, complaint in [
-        ("none.txt", "no such file"),
-        ("empty.txt", "is empty"),
-        ("a.pdf", "known are .txt, .md, .*--text_suffix"),
-        ("folder.txt", "no file in this folder can be read"),
-    ]:
-        with pytest.raises(ValueError, match=f"{name}: .*{complaint}"):
-            Documents([good, tmp_path / name], 0.1)
 
 
 # --- data/text ---------------------------------------------------------------------------------------------------
@@ -214,7 +85,7 @@ def test_text_learns_a_vocabulary_from_its_training_split(tmp_path):
     result = command("text", *options, "--output", tmp_path / "out", "--vocab_size", "300")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     corpus = Corpus(tmp_path / "out")
-    (_, train), (_, val) = texts(tmp_path / "a.txt", val_fraction=0.2)
+    train, val = ("".join(text) for _, text in Documents([tmp_path / "a.txt"], 0.2))
     assert corpus.tokenizer.bpe.ranks == bpe.train([train], 300).ranks and "zz" not in train and "zz" in val
     ids = np.fromfile(tmp_path / "out" / "train.bin", "<u2").tolist()
     assert ids == [*corpus.tokenizer.encode(train), corpus.tokenizer.eot_id]

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 
 # 1C to 1F are spaces for Python but not for Unicode, so they count as neither. GPT-4o joins "/" to a line break.
 _VISIBLE = r"[^\s\x1c-\x1f]"
-CUT = re.compile(rf"(?<={_VISIBLE}) |(?<={_VISIBLE}\n)(?=[^\s\x1c-\x1f/])|(?<=[^\W_])(?=[、。,;:!?])")
+_STOPS = "\u3001\u3002\uff0c\uff1b\uff1a\uff01\uff1f"  # ideographic comma and full stop; full-width , ; : ! ?
+CUT = re.compile(rf"(?<={_VISIBLE}) |(?<={_VISIBLE}\n)(?=[^\s\x1c-\x1f/])|(?<=[^\W_])(?=[{_STOPS}])")
 
 
 def blocks(parts: Iterable[str], size: int, force: bool = True) -> Iterator[str]:
