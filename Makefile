@@ -22,7 +22,7 @@ demo: .venv/installed
 install: .venv/installed
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

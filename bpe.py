@@ -162,7 +162,7 @@ class BPE:
     def content(self) -> dict:
         """Return what the file holds."""
         default_eot = EOT if EOT in self.special_tokens else None
-        more = {"matched_tokens": self.matched_tokens} if self.matched_tokens else {}
+        more: dict[str, object] = {"matched_tokens": self.matched_tokens} if self.matched_tokens else {}
         more |= {"eot": self.eot} if self.eot != default_eot else {}
         return with_checksum({
             "format": FORMAT, "version": VERSION if more else 1,

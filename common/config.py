@@ -207,7 +207,7 @@ def convert(value: object, kind: object) -> object:
 def convert_to_type(value: object, kind: object) -> object:
     """`convert` for a single type: int, float, bool, str, NoneType or UserPath."""
     if kind is UserPath:
-        return os.path.expanduser(convert_to_type(value, str))
+        return os.path.expanduser(str(convert_to_type(value, str)))
     if isinstance(value, str) and kind is not str:
         try:
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))

@@ -63,7 +63,7 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     mode: "w" (UTF-8 text, line ends as they are) or "wb". The new file has the permissions of the old one, or those
     that open() gives. A link is followed; a pipe or a device is written to directly. Raises WriteError.
     """
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     with errors_name(path):
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file() and not target.is_dir():
