@@ -90,7 +90,8 @@ class HeadWithNewRows(Head):
         after = before + self.lora_rows
         if self.norm_rows:
             before, after = F.normalize(before, dim=-1), F.normalize(after, dim=-1)
-        return super().forward(x).index_add_(-1, self.ids, F.linear(x, after - before).type_as(x))
+        logits = super().forward(x)  # in autocast's precision, which need not be x's
+        return logits.index_add_(-1, self.ids, F.linear(x, after - before).type_as(logits))
 
 
 def add_lora(model: GPT, lora: LoraConfig) -> None:
