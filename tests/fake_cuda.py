@@ -7,15 +7,13 @@
 A tensor on the emulated GPU is a CPU tensor of the class `OnGPU`: it has real values and real gradients, and says that
 its device is cuda:0. A TorchFunctionMode sees every call from Python into PyTorch, and enforces a GPU's rules:
 - an operation on tensors of two devices is refused; as on a GPU, scalars and indices may lie on the CPU;
-- every copy between host and device, and every wait of the host for the device, is counted in `events`;
-- random numbers on the device come from a generator of its own;
+- random numbers on the device come from a generator of its own, and mps has no float64;
 - a CUDA graph records operations without carrying them out, and refuses waits and copies meanwhile; its replay
-  repeats the operations, with the Python numbers of the recording, on the memory of the recording;
-- mps has no float64.
+  repeats the operations, with the Python numbers of the recording, on the memory of the recording.
 
-What it cannot emulate: kernels (their speed, their memory, their rounding; autocast is the CPU's), asynchrony and
-streams (nothing is ever read too early), several GPUs and NCCL, compilation, and whatever C++ code does by itself, such
-as a wait inside an operator that is not listed in WAITS. `pytest -m cuda` on a real GPU is for these.
+What it cannot emulate: kernels (their speed, memory and rounding; autocast is the CPU's), asynchrony and streams
+(nothing is read too early), several GPUs, NCCL, compilation, and what C++ does by itself, such as a wait inside an
+operator that WAITS does not list. The tests of `pytest -m cuda` are for these.
 """
 
 import sys
@@ -28,28 +26,21 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # it makes tables of PyTorch's functions when it is imported: of the real ones, please
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-CPU = torch.device("cpu")
-T = Tensor
-
-# The host needs the result of these, and waits until the device has computed it.
-WAITS = {
-    T.item, T.tolist, T.__bool__, T.__int__, T.__float__, T.__index__, T.__contains__, T.__format__, T.nonzero,
-    torch.nonzero, T.equal, torch.equal, T.allclose, torch.allclose, T.masked_select, torch.masked_select, T.unique,
-    torch.unique, T.bincount, torch.bincount,
-}  # fmt: skip
-# These draw random numbers (and whatever is called with a dropout_p).
-DRAWS = {
-    F.dropout, torch.dropout, torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like,
-    torch.multinomial, torch.bernoulli, torch.normal, T.normal_, T.uniform_, T.bernoulli_, T.random_, T.multinomial,
-}  # fmt: skip
-# These take no scalar from the CPU.
-ONE_DEVICE = {torch.stack, torch.cat, F.linear, F.embedding, torch.matmul, T.__matmul__, T.gather, T.scatter_}
+T, CPU = Tensor, torch.device("cpu")
+# Operations by name. The host needs the result of these, and waits until the device has computed it:
+WAITS = set("item tolist nonzero equal allclose masked_select bincount".split())
+WAITS |= {f"__{name}__" for name in ("bool", "int", "float", "index", "contains", "format")}
+# These draw random numbers, as does whatever is called with a dropout_p:
+DRAWS = set("dropout rand randn randint randperm rand_like randn_like multinomial bernoulli normal".split())
+DRAWS |= {"normal_", "uniform_", "bernoulli_", "random_"}
+# These take not even a scalar from the CPU:
+ONE_DEVICE = set("stack cat linear embedding matmul __matmul__ gather scatter_".split())
 
 
 class OnGPU(Tensor):
@@ -65,7 +56,7 @@ class Pinned(Tensor):
 
 
 def tensors_in(x) -> list[Tensor]:
-    """The tensors among arguments or results, however deep in lists and tuples."""
+    """The tensors in arguments or results, however deep in lists and tuples."""
     return [leaf for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)]
 
 
@@ -76,26 +67,19 @@ def raw(function, *args, **kwargs):
 
 
 class EmulatedGPU(TorchFunctionMode):
-    """The rules.
+    """The rules. events: copies and waits by kind, where: by line of code; waits: how often the host waited so far.
 
-    events: how many copies and waits there were of each kind (waits begin with "wait"); where: the same by line of
-    code. graphs: the CUDA graphs that were recorded. current: the index that torch.cuda.set_device was given.
+    graphs: the CUDA graphs that were recorded. current: the index that torch.cuda.set_device was given.
     """
 
     def __init__(self, kind: str):
         super().__init__()
-        self.device, self.current = torch.device(kind, 0), 0
-        self.events, self.where = Counter(), Counter()
-        self.capturing, self.graphs = False, []
+        self.device, self.current, self.capturing, self.graphs = torch.device(kind, 0), 0, False, []
+        self.events, self.where, self.waits = Counter(), Counter(), 0
         self.seed(0)
 
     def seed(self, seed: int) -> None:
-        """Seed the device's random generator."""
         self.random_state = torch.Generator().manual_seed(int(seed)).get_state()
-
-    def waits(self) -> int:
-        """How often the host waited for the device so far."""
-        return sum(count for event, count in self.events.items() if event.startswith("wait"))
 
     def note(self, event: str) -> None:
         """Count an event; refuse it while a CUDA graph is recorded."""
@@ -103,13 +87,14 @@ class EmulatedGPU(TorchFunctionMode):
         while "site-packages" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
             frame = frame.f_back
         self.events[event] += 1
+        self.waits += event.startswith("wait")
         self.where[f"{event}, {frame.f_code.co_filename.rsplit('/')[-1]}:{frame.f_lineno}"] += 1
         if self.capturing:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({event})")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = tensors_in((args, kwargs))
+        name, tensors = getattr(function, "__name__", ""), tensors_in((args, kwargs))
         touched = any(isinstance(x, OnGPU) for x in tensors)
         if function in (T.to, T.cuda, T.cpu):
             return self.move(function, *args, **kwargs)
@@ -117,19 +102,19 @@ class EmulatedGPU(TorchFunctionMode):
             return args[0].clone().as_subclass(Pinned)
         if not touched and "device" not in kwargs:
             return raw(function, *args, **kwargs)
-        if function.__name__ == "__get__":
+        if name == "__get__":
             return self.attribute(function, args[0])
         if function in (T.numpy, T.__array__):
-            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
-        if function in WAITS:
-            self.note(f"wait: {function.__name__}")
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy; use Tensor.cpu() first")
+        if name in WAITS:
+            self.note(f"wait: {name}")
+            args = [x.as_subclass(Tensor) if isinstance(x, OnGPU) else x for x in args]
         elif function in (T.__getitem__, T.__setitem__):
             self.check_index(*args)
             return self.put(raw(function, *args)) if isinstance(args[0], OnGPU) else raw(function, *args)
-        elif function is T.copy_:
-            if self.note_copy(args[1], self.device_of(args[0]), kwargs.get("non_blocking", False)):
-                return raw(function, *args, **kwargs)
-        return self.compute(function, args, kwargs, tensors, touched)
+        elif function is T.copy_ and self.note_copy(args[1], self.device_of(args[0]), **kwargs):
+            return raw(function, *args, **kwargs)
+        return self.compute(function, name, args, kwargs, tensors, touched)
 
     def device_of(self, x: Tensor) -> torch.device:
         return self.device if isinstance(x, OnGPU) else CPU
@@ -149,24 +134,19 @@ class EmulatedGPU(TorchFunctionMode):
 
     def attribute(self, getter, x: Tensor):
         """x.device, x.grad and so on."""
-        answers = {T.device: self.device, T.is_cpu: False, T.is_cuda: self.device.type == "cuda",
-                   T.is_mps: self.device.type == "mps"}  # fmt: skip
+        kind = self.device.type
+        answers = {T.device: self.device, T.is_cpu: False, T.is_cuda: kind == "cuda", T.is_mps: kind == "mps"}
         return answers[getter.__self__] if getter.__self__ in answers else self.put(raw(getter, x))
 
     def move(self, function, x: Tensor, *args, non_blocking=False, device=None, **kwargs) -> Tensor:
         """x.to(...), x.cuda(), x.cpu()."""
         target = {T.cpu: CPU, T.cuda: self.device}.get(function, self.device_of(x))
-        rest = []
+        for other in [argument for argument in args if isinstance(argument, Tensor)]:  # x.to(other)
+            args, device = [other.dtype], self.device_of(other)
         for argument in (*args, device):
-            if isinstance(argument, bool):
-                non_blocking = argument
-            elif isinstance(argument, Tensor):
-                target = self.device_of(argument)
-                rest.append(argument.dtype)
-            elif (named := self.known(argument)) is not None:
-                target = named
-            elif argument is not None:
-                rest.append(argument)
+            target = self.known(argument) or target
+            non_blocking = argument if isinstance(argument, bool) else non_blocking
+        rest = [a for a in args if a is not None and not isinstance(a, bool) and self.known(a) is None]
         copied = self.note_copy(x, target, non_blocking)
         out = raw(T.to, x, *rest, **kwargs) if rest or kwargs else x
         if copied:
@@ -193,33 +173,32 @@ class EmulatedGPU(TorchFunctionMode):
         if isinstance(value, Tensor) and (value.dim() or isinstance(value, OnGPU)):
             self.note_copy(value, self.device_of(x))
 
-    def compute(self, function, args, kwargs, tensors: list[Tensor], touched: bool):
+    def compute(self, function, name: str, args, kwargs, tensors: list[Tensor], touched: bool):
         """Any other operation."""
         target = self.device if touched else CPU
         if (named := self.known(kwargs.get("device"))) is not None:
             target, kwargs = named, kwargs | {"device": CPU}
             if function in (torch.tensor, torch.as_tensor) and not touched and target == self.device:
                 self.note("wait: copy to the GPU")
-        here = [x for x in tensors if not isinstance(x, OnGPU) and (x.dim() or function in ONE_DEVICE)]
+        here = [x for x in tensors if not isinstance(x, OnGPU) and (x.dim() or name in ONE_DEVICE)]
         if touched and here:
             shapes = [f"{self.device_of(x)} {tuple(x.shape)}" for x in tensors]
-            raise RuntimeError(f"Expected all tensors to be on the same device: {function.__name__} of {shapes}")
+            raise RuntimeError(f"Expected all tensors to be on the same device: {name} of {shapes}")
         if target == CPU:
             return raw(function, *args, **kwargs)
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"Expected a '{self.device.type}' device type for generator but found 'cpu'")
-        with self.own_random() if function in DRAWS or kwargs.get("dropout_p") else nullcontext():
+        with self.own_random() if name in DRAWS or kwargs.get("dropout_p") else nullcontext():
             out = raw(function, *args, **kwargs)
         return self.put(out)
 
     @contextmanager
     def own_random(self) -> Iterator[None]:
         """Random numbers come from the device's generator, not from the CPU's."""
-        host = torch.get_rng_state()
-        torch.set_rng_state(self.random_state)
-        yield
-        self.random_state = torch.get_rng_state()
-        torch.set_rng_state(host)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.random_state)
+            yield
+            self.random_state = torch.get_rng_state()
 
     @contextmanager
     def capture(self, graph, pool=None, stream=None, capture_error_mode="global") -> Iterator[None]:
@@ -246,13 +225,10 @@ class EmulatedGPU(TorchFunctionMode):
             tensor._is_param = is_weight
         return module
 
-    def grouped(self, tensor_lists, with_indices=False) -> dict:
+    def group(self, tensor_lists, with_indices=False, real=torch._C._group_tensors_by_device_and_dtype) -> dict:
         """What optimizers and gradient clipping ask C++ for: tensors by device and dtype."""
-        groups = raw(GROUP, tensor_lists, with_indices)
+        groups = real(tensor_lists, with_indices)
         return {(self.device_of(group[0][0][0]), dtype): group for (_, dtype), group in groups.items()}
-
-
-GROUP = torch._C._group_tensors_by_device_and_dtype
 
 
 class Graph(TorchDispatchMode):
@@ -260,7 +236,7 @@ class Graph(TorchDispatchMode):
 
     def __init__(self, *_, **__):
         super().__init__()
-        self.operations = []  # (function, args, kwargs, its outputs, whether each has memory of its own)
+        self.operations = []  # (function, args, kwargs, its outputs that are no views, by position)
         self.before = {}  # address → (memory that was written to, what it held)
         self.replays = 0
 
@@ -273,26 +249,24 @@ class Graph(TorchDispatchMode):
                     memory = x.untyped_storage()
                     self.before.setdefault(memory.data_ptr(), (memory, memory.clone()))
         out = function(*args, **kwargs)
-        outputs = tensors_in(out)
-        own = [x.untyped_storage().data_ptr() not in inputs for x in outputs]
-        self.operations.append((function, args, kwargs, outputs, own))
+        own = {i: x for i, x in enumerate(tensors_in(out)) if x.untyped_storage().data_ptr() not in inputs}
+        self.operations.append((function, args, kwargs, own))
         return out
 
     def end(self) -> None:
         for memory, held in self.before.values():
             memory.copy_(held)
-        for *_, outputs, own in self.operations:
-            for x, new in zip(outputs, own, strict=True):
-                if new and x.is_floating_point() and x.untyped_storage().data_ptr() not in self.before:
-                    raw(x.fill_, float("nan"))  # nobody can have computed it yet
+        for *_, own in self.operations:
+            for x in own.values():
+                if x.is_floating_point() and x.untyped_storage().data_ptr() not in self.before:
+                    raw(x.fill_, float("nan"))  # nothing has computed it yet
 
     def replay(self) -> None:
         with torch._C.DisableTorchFunction():
-            for function, args, kwargs, outputs, own in self.operations:
+            for function, args, kwargs, own in self.operations:
                 results = tensors_in(function(*args, **kwargs))
-                for x, result, new in zip(outputs, results, own, strict=True):
-                    if new:
-                        x.copy_(result)
+                for i, x in own.items():
+                    x.copy_(results[i])
         self.replays += 1
 
 
@@ -300,28 +274,26 @@ class Graph(TorchDispatchMode):
 def emulated(kind: Literal["cuda", "mps"] = "cuda", count: int = 1) -> Iterator[EmulatedGPU]:
     """In this context, the machine has `count` GPUs of this kind; tensors can be put on the first of them."""
     gpu = EmulatedGPU(kind)
-    autocast = torch.autocast
-
-    def stream(*_, **__):  # the emulated GPU does one thing after the other: there is nothing to order
-        return SimpleNamespace(wait_stream=lambda other: None)
-
+    stream = SimpleNamespace(wait_stream=lambda other: None)  # the emulated GPU does one thing after the other
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "is_available": lambda: kind == "cuda", "device_count": lambda: count if kind == "cuda" else 0,
             "current_device": lambda: gpu.current, "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
-            "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, multi_processor_count=132),
             "get_device_capability": lambda *_: (9, 0), "is_bf16_supported": lambda *_, **__: True,
             "manual_seed": gpu.seed, "manual_seed_all": gpu.seed, "_lazy_init": lambda: None,
-            "synchronize": lambda *_: gpu.note("wait: synchronize"), "CUDAGraph": Graph, "graph": gpu.capture,
-            "Stream": stream, "current_stream": stream, "stream": nullcontext, "device": nullcontext,
+            "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, multi_processor_count=132),
+            "synchronize": lambda *_: gpu.note("wait: synchronize"), "Stream": lambda *_: stream,
+            "current_stream": lambda *_: stream, "stream": nullcontext, "device": nullcontext,
+            "CUDAGraph": Graph, "graph": gpu.capture,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
         # torch.cuda.set_device itself stays: it refuses a device without an index
         patch.setattr(torch._C, "_cuda_setDevice", lambda index: setattr(gpu, "current", index), raising=False)
         patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
-        patch.setattr(torch.mps, "manual_seed", gpu.seed if kind == "mps" else torch.mps.manual_seed)
-        patch.setattr(torch, "autocast", lambda _, dtype=None, **options: autocast("cpu", dtype=dtype, **options))
-        patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", gpu.grouped)
+        patch.setattr(torch.mps, "manual_seed", gpu.seed)
+        patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # TF32 is not emulated
+        patch.setattr(torch, "autocast", lambda _, dtype=None, real=torch.autocast, **more: real("cpu", dtype, **more))
+        patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", gpu.group)
         patch.setattr(torch.nn.Module, "_apply", lambda *args, **options: gpu.module_apply(*args, **options))
         with gpu:
             yield gpu

@@ -1,0 +1,111 @@
+"""training/device.py: which device a name means, its random numbers, its peak, and the processes of torchrun."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.fake_cuda import emulated
+from training.device import Peak, Process, pick_device, seed_random, start_process
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "xpu", "meta", "CPU"])
+def test_what_is_not_a_device_is_refused(name):
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda, cuda:N or mps, not "):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("kind, there, missing", [("cuda", ["cuda", "cuda:0", "cuda:1"], ["cuda:2", "mps"]),
+                                                  ("mps", ["mps", "mps:0"], ["mps:1", "cuda"])])  # fmt: skip
+def test_a_picked_gpu_has_its_index_and_one_that_is_not_there_is_refused(kind, there, missing):
+    with emulated(kind, count=2):
+        assert [str(pick_device(name)) for name in there] == [f"{kind}:0", f"{kind}:0", f"{kind}:1"][: len(there)]
+        assert str(pick_device("auto")) == ("cuda:0" if kind == "cuda" else "cpu")
+        for name in missing:
+            with pytest.raises(ValueError, match=f"device={name}: PyTorch finds .* try --device=cpu"):
+                pick_device(name)
+
+
+def test_seeding_decides_all_random_numbers_of_the_cpu_and_of_the_device():
+    for kind in ("cuda", "mps"):
+        with emulated(kind):
+            device = pick_device(kind)
+
+            def draw():
+                return torch.rand(8).tolist(), torch.rand(8, device=device).tolist()  # noqa: B023
+
+            seed_random(5, device)
+            first = draw()
+            assert draw() != first
+            seed_random(5, device)
+            assert draw() == first
+    torch.manual_seed(2**63 - 1)
+    expected = torch.rand(8)
+    seed_random(2**63 - 1, CPU)
+    assert torch.equal(torch.rand(8), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes. There is no NCCL on a CPU, so these stop where it would start.
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The environment of torchrun's second of two processes; records what it hands to torch.distributed, and when."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+
+    def join(backend, **options):
+        calls.append((backend, options, torch.cuda.current_device() if torch.cuda.is_available() else None))
+
+    monkeypatch.setattr(dist, "init_process_group", join)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_sets_its_own_gpu_before_it_joins_and_joins_with_it(joined, name):
+    with emulated("cuda", count=2):
+        process = start_process(name, "auto", 2)
+    device = torch.device("cuda", 1)
+    assert process == Process(3, 2, device, "bfloat16")
+    assert joined == [("cpu:gloo,cuda:nccl", {"device_id": device}, 1)]
+
+
+def test_on_cpus_processes_join_without_a_device(joined):
+    assert start_process("cpu", "auto", 2) == Process(3, 2, CPU, "float32")
+    assert joined == [("gloo", {}, None)]  # gloo refuses a device_id
+
+
+@pytest.mark.parametrize(
+    "kind, count, device, message",
+    [("cuda", 2, "cuda:0", "device=cuda:0 is one GPU, and torchrun started several processes: try --device=cuda"),
+     ("mps", 1, "mps", "device=mps is one GPU"), ("cuda", 1, "auto", "process 2 on a machine with 1 CUDA GPUs")],
+)  # fmt: skip
+def test_processes_that_would_share_a_gpu_are_refused_before_they_join(joined, kind, count, device, message):
+    with emulated(kind, count=count), pytest.raises(ValueError, match=message):
+        start_process(device, "auto", 2)
+    assert not joined
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def test_a_peak_that_was_measured_too_low_is_measured_again_and_mfu_is_never_above_1():
+    peak = Peak(Process(0, 2, CPU, "float32"))
+    peak.flops = 4e3  # as if other programs had kept the machine busy at the start
+    assert peak.mfu(4e3) == 0.5 and peak.flops == 4e3  # possible: nothing to measure
+    assert 0 < peak.mfu(1e6) < 1 and peak.flops > 1e6
+    assert peak.mfu(1e30) is None  # faster than any CPU: nothing to compare with
+
+
+def test_the_peak_of_a_gpu_is_its_data_sheets():
+    with emulated("cuda"):
+        device = pick_device("cuda")
+        half, full = (Peak(Process(0, 4, device, dtype)) for dtype in ("bfloat16", "float32"))
+    assert half.mfu(4 * 989e12) == 1 and full.mfu(495e12) == 0.25
+    assert half.mfu(4 * 989e12 * 1.01) is None
+    with emulated("mps"):
+        assert Peak(Process(0, 1, pick_device("mps"), "float32")).mfu(1.0) is None
