@@ -1,0 +1,140 @@
+"""The commands on a real CUDA GPU (`pytest -m cuda`): its kernels, precisions, graphs and waits, against the CPU.
+
+A GPU rounds differently from a CPU, and their texts may differ where two tokens are almost equally likely. So a text
+from the GPU is judged by its log-probabilities: the GPU must report those that the CPU gives the same tokens.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from decoding.beam import beam_search
+from decoding.score import log_likelihood
+from decoding.stream import prompt_tokens
+from runs.run import Run
+from tests.test_runs import call, events, pretrain, talk, tune  # noqa: F401
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+TOLERANCE = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.05}  # of losses and log-probabilities; float32 is TF32
+STEPS = ["--max_iters=6", "--eval_interval=3", "--log_interval=3", "--optimizer=adamw"]
+PLAIN = [*STEPS, "--compile=False"]
+
+
+def losses(run: Path) -> list[float]:
+    return [event.get("train_loss", event.get("val_loss")) for event in events(run, "step")]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_training_resuming_evaluating_and_previews_follow_the_cpu(pretrain, call, capsys, dtype):  # noqa: F811
+    cpu = pretrain("on_cpu", *PLAIN, "--max_iters=9")
+    gpu = pretrain("on_gpu", *PLAIN, "--device=cuda", f"--dtype={dtype}", "--sample_interval=3")
+    call(train.main, "--init_from=resume", "--out_dir=on_gpu", "--max_iters=9", config=None)
+    assert losses(gpu) == pytest.approx(losses(cpu), abs=TOLERANCE[dtype])
+    capsys.readouterr()
+    call(train.main, "--init_from=resume", "--out_dir=on_gpu", "--eval_only", config=None)
+    assert f"val_loss {events(gpu, 'val_loss')[-1]['val_loss']:.3f}"[:-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
+@pytest.mark.parametrize("more", [[], ["--packing=False"], ["--lora_rank=2"]], ids=["packed", "padded", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fine_tuning_follows_the_cpu(pretrain, tune, capsys, dtype, more, compiled):  # noqa: F811
+    pretrain("base", *STEPS)
+    options = [*STEPS, *more, "--learning_rate=0.01", "--sample_interval=3", "--eval_questions=3", "--eval_tokens=5"]
+    cpu = tune("on_cpu", "base", *options)
+    gpu = tune("on_gpu", "base", *options, "--device=cuda", f"--dtype={dtype}", f"--compile={compiled}")
+    assert losses(gpu) == pytest.approx(losses(cpu), abs=TOLERANCE[dtype])
+    assert capsys.readouterr().out.count("of 3 answers end by themselves") >= 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tuned", [False, True], ids=["pretraining", "fine-tuning"])
+def test_a_step_never_waits_for_the_gpu(pretrain, tune, monkeypatch, tuned, dtype, optimizer):  # noqa: F811
+    pretrain("base", *PLAIN)
+    marks = []
+
+    def watch(name, mode):
+        method = getattr(train.Trainer, name)
+
+        def watched(trainer, *arguments):
+            torch.cuda.set_sync_debug_mode(mode)
+            marks.append(name)
+            return method(trainer, *arguments)
+
+        monkeypatch.setattr(train.Trainer, name, watched)
+
+    watch("next_batches", "error")  # from here on, a wait is an error
+    watch("flush", "default")
+    options = ["--device=cuda", f"--dtype={dtype}", *PLAIN, f"--optimizer={optimizer}"]
+    try:
+        tune("a", "base", *options) if tuned else pretrain("a", *options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert marks.count("next_batches") == 6 and "flush" in marks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def assert_likely(model, prompt: list[int], tokens: list[int], logprobs: list[float], tolerance: float) -> None:
+    """The log-probabilities that were reported for the tokens after the prompt are the ones that the model gives."""
+    expected = log_likelihood(model, prompt + tokens)[len(prompt) - 1 :]
+    assert logprobs == pytest.approx(expected.tolist(), abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "options",
+    [["--temperature=0"], ["--seed=3", "--top_k=9", "--top_p=0.9", "--min_p=0.01"], ["--num_samples=3"],
+     ["--repetition_penalty=1.2"], ["--num_beams=3", "--num_samples=2"]], ids=" ".join,
+)  # fmt: skip
+def test_samples_have_the_log_probabilities_of_the_cpu(pretrain, call, capsys, options, dtype):  # noqa: F811
+    run = Run.open(pretrain("a", "--max_iters=40", "--eval_interval=40"))
+    model, prompt = run.load_model(), prompt_tokens(run.tokenizer, "the ")
+    capsys.readouterr()
+    arguments = ["--out_dir=a", "--prompt=the ", "--max_new_tokens=100", "--json", *options]
+    call(sample.main, *arguments, "--device=cuda", f"--dtype={dtype}", config=None)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == {"--num_samples=3": 3, "--num_samples=2": 2}.get(options[-1], 1)
+    for line in lines:
+        assert_likely(model, prompt, line["tokens"], line["logprobs"], TOLERANCE[dtype])
+
+
+def test_scores_are_the_cpus_and_a_chat_answers(pretrain, tune, call, capsys, monkeypatch):  # noqa: F811
+    tune("a", pretrain("base"), "--max_iters=4")
+    Path("text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
+    scores = []
+    for device in ("cpu", "cuda"):
+        capsys.readouterr()
+        options = ["--out_dir=a", f"--device={device}", "--dtype=float32"]
+        call(sample.main, "--score=text.txt", "--json", *options, config=None)
+        scores.append(json.loads(capsys.readouterr().out)["bits_per_byte"])
+    assert scores[0] == pytest.approx(scores[1], rel=2e-3)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick\nfox\n/quit\n"))
+    call(sample.main, "--chat", "--max_new_tokens=60", "--out_dir=a", "--device=cuda", config=None)
+    assert sum(line.startswith("> ") for line in capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_beams_over_prompts_of_ever_new_lengths_have_the_log_probabilities_of_the_cpu(tiny_gpt, dtype, kv_heads):
+    options = {"block_size": 96, "n_embd": 64, "head_dim": 64, "n_kv_head": kv_heads}
+    cpu, gpu = tiny_gpt(**options).to(dtype).float(), tiny_gpt(**options).to(dtype).cuda()
+    for n in range(1, 70, 3):  # every call has shapes that no call before it had, and some outgrow the context
+        prompts = [[(7 * i + n) % 23 for i in range(length)] for length in (n, n + 1, 2 * n)]
+        found = beam_search(gpu, prompts, 30, num_beams=3, num_return=2)
+        for prompt, beams in zip(prompts, found, strict=True):
+            for beam in beams:
+                tolerance = 5e-3 if dtype == torch.float32 else 0.2
+                assert_likely(cpu, prompt, beam.tokens, beam.logprobs, tolerance)
