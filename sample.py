@@ -92,7 +92,7 @@ class SampleConfig:
     json: bool = False  # print a JSON object per text: tokens, log-probabilities, why it ended
     score: UserPath = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
     quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: quicker, a little less exact
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
 
     def __post_init__(self):

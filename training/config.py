@@ -32,7 +32,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between lines of log.jsonl
     sample_interval: int = 0  # print a sample at evaluations whose step this divides, and at the last; 0 = never
     always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA
     wandb_log: bool = False  # log to Weights & Biases as well
