@@ -1,7 +1,7 @@
 """Prepare OpenWebText, the open reproduction of GPT-2's training text (8 million documents, 9 billion tokens).
 
-It is streamed from the Hugging Face Hub (Skylion007/openwebtext), which needs the package datasets, or read from
-files you have: --input *.parquet. With --max_documents a first part is enough to try things out.
+It is streamed from the Hugging Face Hub (Skylion007/openwebtext), which needs pip install datasets, or read from
+files you have: --input *.parquet (pip install pyarrow). With --max_documents a first part is enough to try things out.
 """
 
 import sys
@@ -11,5 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run
 from text.prepare import prepare_from_hub
 
+
+def main() -> None:
+    prepare_from_hub(__doc__, Path(__file__).resolve().parent, "Skylion007/openwebtext", None)
+
+
 if __name__ == "__main__":
-    run(lambda: prepare_from_hub(__doc__, Path(__file__).resolve().parent, "Skylion007/openwebtext", None))
+    run(main)
