@@ -133,7 +133,7 @@ def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float) -> Iterator[str
     """What the user of a corpus may not expect."""
     splits = meta["splits"].values()
     share = meta["splits"]["val"]["bytes"] / sum(split["bytes"] for split in splits)
-    if not 0.8 < share / val_fraction < 1.25:
+    if not 2 / 3 < share / val_fraction < 3 / 2:
         yield (
             f"{share:.2%} of the text is for validation, not {val_fraction:.2%}: documents go whole to one split, and "
             "these are few or of very different sizes"
