@@ -9,6 +9,7 @@ tiktoken's native core, with our vocabulary.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -22,9 +23,9 @@ from tqdm import tqdm
 
 from common import cli
 from common.files import checksum, read_json, write_whole
-from common.textfile import read_text
+from common.textfile import check_text, read_text
 from text import cut, documents
-from text.chunks import PATTERNS, TASK, check_text, complete, count_chunks, splitter
+from text.chunks import PATTERNS, TASK, complete, count_chunks, splitter
 from text.merges import learn_merges
 
 if TYPE_CHECKING:  # imported where it is needed: it takes a moment
@@ -308,69 +309,98 @@ def read_texts(
         yield from cut.blocks(parts, TASK, force=False) if pattern in PATTERNS else ["".join(parts)]
 
 
+LONG_RUN = re.compile(
+    r"(.)\1{7,}|(?:(?!(.)\2{7}).)+", re.DOTALL
+)  # eight times the same character, or what lies between
+SUBSCRIPTS = "₁₂₃₄"
+MOST_WORDS = 20  # that --explain prints at once
+
+
 def shown(token: bytes) -> str:
-    """A token for people; a character that is repeated many times is counted."""
-    text = token.decode("utf-8", errors="backslashreplace")
-    if len(text) >= 8 and len(set(text)) == 1:
-        return f"{text[0]!r} x {len(text)}"
-    return repr(text)
+    """Return a token as people read it: 'the', ' ' x 39 for a long run, <e4 b8> for parts of a character."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        return f"<{token.hex(' ')}>"
+    return " + ".join(f"{run[1]!r} x {len(run[0])}" if run[1] else repr(run[0]) for run in LONG_RUN.finditer(text))
 
 
-def spelled(tokens: list[bytes]) -> str:
-    """The tokens of a word, a space marked as ␣; those that only together make a character are shown as its parts.
+def spelled(word: list[bytes]) -> list[str]:
+    """Return the tokens of a word as people read them, ␣ for a space.
 
-    [b"lo", b"w"] → "lo w";  [b"\xe4\xbb", b"\x8e"] → "(从: e4bb 8e)"
+    A token that holds only some bytes of a character tells which: 中₁₂ 中₃ are the first two bytes of 中 and the third.
     """
-    parts: list[str] = []
-    waiting: list[bytes] = []
-    for token in tokens:
-        waiting.append(token)
-        try:
-            text = b"".join(waiting).decode().replace(" ", "␣")
-        except UnicodeDecodeError:
-            continue
-        pieces = " ".join(piece.hex() for piece in waiting)
-        parts.append(text if len(waiting) == 1 else f"({text}: {pieces})")
-        waiting = []
-    return " ".join([*parts, *(piece.hex() for piece in waiting)])
+    text = b"".join(word).decode()
+    places = iter([(index, byte) for index, c in enumerate(text) for byte in range(len(c.encode()))])
+    shown_tokens = []
+    for token in word:
+        bytes_of: dict[int, list[int]] = {}  # which bytes of which character the token holds
+        for index, byte in itertools.islice(places, len(token)):
+            bytes_of.setdefault(index, []).append(byte)
+        shown_token = ""
+        for index, some in bytes_of.items():
+            c = text[index]
+            shown_token += "␣" if c == " " else c if c.isprintable() else repr(c)[1:-1]
+            if len(some) < len(c.encode()):
+                shown_token += "".join(SUBSCRIPTS[byte] for byte in some)
+        shown_tokens.append(shown_token)
+    return shown_tokens
 
 
-def explain(texts: Iterable[str], arguments: argparse.Namespace) -> None:
-    """Print every merge with its count, and the words that it changed, as a lecture would."""
-    chunks = {c.encode(): n for c, n in count_chunks(texts, arguments.pattern).items()}
+def merge_pair(word: list[bytes], left: bytes, right: bytes) -> int | None:
+    """Merge left and right wherever they are neighbours in the word; return the first place, None if there is none."""
+    first, i = None, 0
+    while i < len(word) - 1:
+        if word[i] == left and word[i + 1] == right:
+            word[i : i + 2] = [left + right]
+            first = i if first is None else first
+        i += 1
+    return first
+
+
+def explain(texts: Iterable[str], pattern: str, vocab_size: int, max_token_length: int | None) -> None:
+    """Print every merge with its count and the words that it changes, as a lecture would.
+
+    A line such as `256: 'e' + 's', 9 times → 'es'    n e w es t x6, w i d es t x3` says: token 256 is made of e and s,
+    which stood together 9 times in the text; newest, which occurs 6 times, is now the tokens n e w es t.
+    """
+    if vocab_size <= 256:
+        raise ValueError(f"vocab_size={vocab_size} is too small: the 256 bytes come first, and then the merges")
+    chunks = {chunk.encode(): n for chunk, n in count_chunks(map(check_text, texts), pattern).items()}
     words = {chunk: [bytes([byte]) for byte in chunk] for chunk in chunks}
 
-    def state(chosen: Iterable[bytes]) -> str:
-        return ", ".join(f"{spelled(words[chunk])} x{chunks[chunk]}" for chunk in chosen)
+    def listed(some: list[bytes]) -> str:
+        shown_words = [f"{' '.join(spelled(words[chunk]))} x{chunks[chunk]}" for chunk in some[:MOST_WORDS]]
+        more = len(some) - MOST_WORDS
+        return ", ".join([*shown_words, *([f"and {more:,} more"] if more > 0 else [])])
 
-    print(f"words: {state(words)}")
+    if any(not chunk.isascii() for chunk in chunks):
+        print("中₁ 中₂ 中₃ are the bytes of 中")
+    print(f"words: {listed(list(words))}")
     tokens = [bytes([byte]) for byte in range(256)]
-    for left, right, count in learn_merges(chunks, arguments.vocab_size - 256, arguments.max_token_length):
+    for left, right, count in learn_merges(chunks, vocab_size - 256, max_token_length):
         a, b = tokens[left], tokens[right]
         tokens.append(a + b)
-        changed = [chunk for chunk, word in words.items() if merge(word, a, b)]
-        pair = f"{spelled([a])} + {spelled([b])}"
-        print(f"{len(tokens) - 1}: {pair}, {count} times → {spelled([a + b])}    {state(changed)}")
-
-
-def merge(word: list[bytes], a: bytes, b: bytes) -> bool:
-    """Replace every neighbouring pair a, b of the word by a + b; returns whether there was one."""
-    before, i = len(word), 0
-    while i < len(word) - 1:
-        if word[i] == a and word[i + 1] == b:
-            word[i : i + 2] = [a + b]
-        i += 1
-    return len(word) < before
+        changed, example = [], ()
+        for chunk, word in words.items():
+            before = list(word)
+            if (first := merge_pair(word, a, b)) is not None:
+                changed.append(chunk)
+                example = example or (*spelled(before)[first : first + 2], spelled(word)[first])
+        a, b, made = example
+        print(f"{len(tokens) - 1}: '{a}' + '{b}', {count} times → '{made}'    {listed(changed)}")
 
 
 def info(bpe: BPE, texts: list[str]) -> None:
     """Print what is in a vocabulary, and how well it compresses the texts, if any, beside gpt2 and cl100k_base."""
     text = "".join(read_texts(texts))
-    tokens = list(bpe.ranks)
-    print(f"{bpe.vocab_size:,} ids: 256 bytes, {len(bpe.merges):,} merges, {len(bpe.special_tokens)} special tokens")
+    tokens, matched = list(bpe.ranks), len(bpe.matched_tokens)
+    print(f"{bpe.vocab_size:,} ids: 256 bytes, {len(bpe.merges):,} merges, {len(bpe.special_tokens)} special tokens"
+          + (f", {matched} tokens that stand for their spelling in a text" if matched else ""))  # fmt: skip
     print(f"pattern {bpe.pattern}; special tokens {', '.join(bpe.special_tokens) or 'none'}")
-    print("first merges:", " ".join(shown(token) for token in tokens[256:276]))
-    print("longest:", " ".join(shown(token) for token in sorted(tokens, key=len, reverse=True)[:8]))
+    print(f"end of a document: {bpe.eot or 'no token'}")
+    print("first merges:", ", ".join(shown(token) for token in tokens[256:276]) or "none")
+    print("longest:", ", ".join(shown(token) for token in sorted(tokens, key=len, reverse=True)[:8]))
     if text:
         size = len(text.encode())
         print(f"bytes per token on {size:,} bytes: {size / len(bpe.encode(text)):.3f}", end="")
@@ -378,7 +408,7 @@ def info(bpe: BPE, texts: list[str]) -> None:
             try:
                 import tiktoken
 
-                print(f", {name} {size / len(tiktoken.get_encoding(name).encode_ordinary(text)):.3f}", end="")
+                print(f", {name} {size / len(encode_ordinary(tiktoken.get_encoding(name), text)):.3f}", end="")
             except OSError:
                 print(f", {name} is not here (tiktoken downloads it)", end="")
         print()
@@ -406,7 +436,9 @@ def main() -> None:
     if arguments.command == "train":
         texts = read_texts(arguments.input, arguments.pattern, documents.Reading.of(arguments))
         if arguments.explain:
-            return explain(texts, arguments)
+            if arguments.output:
+                raise ValueError("--explain prints the merges and writes nothing: leave --output out")
+            return explain(texts, arguments.pattern, arguments.vocab_size, arguments.max_token_length)
         if not arguments.output:
             raise ValueError("--output is missing: the file to write the vocabulary to")
         if not (folder := Path(arguments.output).parent).is_dir():  # before an hour of learning, not after it
@@ -422,8 +454,8 @@ def main() -> None:
         print(*bpe.encode(read_text(arguments.input)))
     elif arguments.command == "decode":
         words = read_text(arguments.input).split()
-        if wrong := next((word for word in words if not word.isdecimal()), None):
-            raise ValueError(f"{wrong!r} is no token id: decode reads numbers separated by spaces")
+        if wrong := next((word for word in words if not word.isdecimal() or len(word) > 10), None):
+            raise ValueError(f"{wrong[:40]!r} is no token id: decode reads numbers separated by spaces")
         sys.stdout.buffer.write(BPE.load(arguments.vocabulary).decode_bytes(map(int, words)))
     else:
         info(BPE.load(arguments.vocabulary), arguments.input)

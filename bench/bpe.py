@@ -77,7 +77,7 @@ def measure(name: str, files: list[str], megabytes: int, vocab_size: int, pipe) 
 
 
 def compare_encoding(files: list[str]) -> None:
-    """Print the speed of encoding 10 MB with 50,000 tokens: tiktoken itself, ours, and ours on several threads."""
+    """Print the speed of encoding 10 MB with 50,000 tokens: tiktoken itself, and ours."""
     import tiktoken
 
     import bpe
@@ -88,8 +88,6 @@ def compare_encoding(files: list[str]) -> None:
     ways = {
         "tiktoken, a document at a time": lambda: [theirs.encode_ordinary(text) for text in documents],
         "ours, a document at a time": lambda: [ours.encode(text) for text in documents],
-        "tiktoken, encode_batch on 2 threads": lambda: theirs.encode_ordinary_batch(documents, num_threads=2),
-        "ours, encode_batch on 2 threads": lambda: ours.encode_batch(documents, threads=2),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(5):

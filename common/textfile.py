@@ -36,6 +36,17 @@ def read_text(path: str | Path) -> str:
     return "".join(text_parts(path))
 
 
+def check_text(text: str) -> str:
+    """Return the text. Raises ValueError for half a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{text[error.start]!r} at position {error.start} is half a surrogate pair, no character"
+        ) from None
+    return text
+
+
 def text_parts(path: str | Path, name: str | None = None) -> Iterator[str]:
     """The text of a file, or of standard input ('-'), in parts. `name` stands for the path in messages."""
     path = Path(path)

@@ -46,5 +46,5 @@ def adversarial() -> list[str]:
 
 
 def same(a: BPE, b: BPE) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in
-               ("pattern", "merges", "special_tokens", "alphabet", "first_id", "ranks", "vocab_size"))  # fmt: skip
+    names = "pattern merges special_tokens matched_tokens eot alphabet first_id ranks vocab_size".split()
+    return all(getattr(a, name) == getattr(b, name) for name in names)

@@ -4,18 +4,16 @@ Counting uses all cores, and Python's own regular expressions where the text is 
 than those that know Unicode. This file imports little, since every process that helps must import it first.
 """
 
-import contextlib
 import difflib
 import functools
-import itertools
-import multiprocessing
-import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 
 import regex
+
+from text.cut import blocks
+from text.pool import parallel_map
 
 # How text is cut into chunks, which merges never cross. `digits` follows the Baichuan 2 report (section 2.3): each
 # digit alone, runs of spaces kept, and no space joined to the word behind it.
@@ -34,26 +32,12 @@ ASCII_PATTERNS = {
     name: functools.reduce(lambda text, change: text.replace(*change), IN_ASCII.items(), pattern)
     for name, pattern in PATTERNS.items()
 }
-# Every named pattern has a boundary between a visible character and a space (1C to 1F, which Python takes for spaces
-# and Unicode does not, are neither here), and what follows is cut alike wherever it stands: so text may be cut there.
-CUT = re.compile(r"(?<=[^\s\x1c-\x1f]) ")
 TASK = 1 << 20  # characters that are counted at once
-PIECE, PART = 1 << 12, 1 << 8  # characters that are searched at once; and where they are not all ASCII
+ASCII_BLOCK, OTHER_BLOCK = 1 << 12, 1 << 8  # characters that are searched at once: of ASCII text, of other text
 # A regular expression that takes longer than this to cut a text is taken for one that backtracks without end.
 TIMEOUT, TIMEOUT_PER_CHARACTER = 10.0, 1e-4  # seconds of processor time
 # A regular expression that can match nothing at all mostly does so somewhere in these texts.
 PROBES = ("", "a b", "A1 ", " a", "\n\n", "it's x.\n", "12", "中文。", "\t")
-
-
-def check_text(text: str) -> str:
-    """Return the text. Raises ValueError for half a surrogate pair, which is no character and has no bytes."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{text[error.start]!r} at position {error.start} is half a surrogate pair, no character"
-        ) from None
-    return text
 
 
 def complete(pattern: str) -> str:
@@ -70,17 +54,15 @@ def complete(pattern: str) -> str:
 def splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into chunks, by a named pattern or by a regular expression.
 
-    Together the chunks are the text. Raises ValueError for what is neither, and for an expression that matches the
-    empty string; the function itself raises ValueError when the expression backtracks without end.
+    Together the chunks are the text. Raises ValueError for what is neither, for an expression that matches the empty
+    string, and for one with groups; the function raises ValueError when the expression backtracks without end.
     """
     if pattern in PATTERNS:
         find = regex.compile(PATTERNS[pattern]).findall
         find_ascii = re.compile(ASCII_PATTERNS[pattern], re.ASCII).findall
         return lambda text: find_ascii(text) if text.isascii() else find(text)
-    expression = _compiled(pattern)
-    matches_nothing = ValueError(f"the pattern {pattern!r} matches the empty string: write x+ for x*, x for x?")
-    if any("" in expression.findall(probe) for probe in PROBES):
-        raise matches_nothing
+    if check_expression(pattern).groups:
+        raise ValueError(f"the pattern {pattern!r} has groups that capture: write (?:...) for (...)")
     find = regex.compile(complete(pattern), regex.VERSION1).findall
 
     def split(text: str) -> list[str]:
@@ -92,14 +74,18 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
                 "avoid a repetition inside a repetition, as in (x+)+"
             ) from None
         if "" in chunks:
-            raise matches_nothing
+            raise _matches_nothing(pattern)
         return chunks
 
     return split
 
 
-def _compiled(pattern: str) -> regex.Pattern:
-    """The regular expression as it stands; VERSION1 reads [a[bc]] and (?i) as tiktoken's, which encodes, does."""
+def check_expression(pattern: str) -> regex.Pattern:
+    """Return the compiled regular expression. VERSION1 reads [a[bc]] and (?i) as tiktoken does, which encodes.
+
+    Raises ValueError for the name of a pattern that does not exist, for what is no regular expression, and for one that
+    matches the empty string, on which tiktoken fails.
+    """
     if regex.fullmatch(r"[\w-]+", pattern):  # without any operator: the name of a pattern, and not one to search for
         near = difflib.get_close_matches(pattern, PATTERNS, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -113,9 +99,13 @@ def _compiled(pattern: str) -> regex.Pattern:
         raise ValueError(
             f"the pattern {pattern!r} is neither one of {names} nor a regular expression: {error}"
         ) from None
-    if expression.groups:
-        raise ValueError(f"the pattern {pattern!r} has groups that capture: write (?:...) for (...)")
+    if any(not match[0] for probe in PROBES for match in expression.finditer(probe)):
+        raise _matches_nothing(pattern)
     return expression
+
+
+def _matches_nothing(pattern: str) -> ValueError:
+    return ValueError(f"the pattern {pattern!r} matches the empty string: write x+ for x*, x for x?")
 
 
 def count_chunks(
@@ -124,70 +114,44 @@ def count_chunks(
     workers: int | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Counter[str]:
-    """How often each chunk occurs in the texts. workers: processes that count, this one too; default: all cores.
+    """Count how often each chunk occurs in the texts.
 
-    Others help only when there are more than a few tasks, for they take a moment to start.
+    workers: the number of processes that count, by default one per CPU; a few megabytes are counted in this process.
+    progress: called with a number of characters whenever so many more have been counted.
     """
-    chunks, split, tasks = Counter(), splitter(pattern), _tasks(texts, pattern)
-    first = list(itertools.islice(tasks, 8))
-    helpers = (workers or os.cpu_count() or 1) - 1 if len(first) == 8 else 0
-    waiting: deque[Future] = deque()
-
-    def collect() -> None:
-        size, counts = waiting.popleft().result()
+    chunks: Counter[str] = Counter()
+    splitter(pattern)  # raises ValueError for what is no pattern, before any process starts
+    for size, counts in parallel_map(functools.partial(_count, pattern), _tasks(texts, pattern), workers, few=8):
         for chunk, count in counts.items():
             chunks[chunk] += count
         progress(size)
-
-    with contextlib.ExitStack() as stack:
-        if helpers:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(helpers, context))
-        for task in itertools.chain(first, tasks):
-            if len(waiting) < 2 * helpers:  # no more of the text than this is ever in memory
-                waiting.append(pool.submit(_count_apart, pattern, task))
-            else:
-                progress(_count(split, pattern, task, chunks))
-            while waiting and waiting[0].done():
-                collect()
-        while waiting:
-            collect()
     return chunks
 
 
-def _pieces(text: str, size: int, pattern: str) -> Iterator[str]:
-    """The text in pieces of about `size` characters that a named pattern cuts like the whole; else the whole text."""
-    start = 0
-    while pattern in PATTERNS and len(text) - start > size and (gap := CUT.search(text, start + size)):
-        yield text[start : gap.start()]
-        start = gap.start()
-    yield text[start:]
+def _blocks(text: str, size: int, pattern: str) -> Iterable[str]:
+    """Cut the text into blocks of about `size` characters where a named pattern cuts it anyway; else leave it whole."""
+    return blocks([text], size, force=False) if pattern in PATTERNS else [text]
 
 
 def _tasks(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
-    """The texts, or pieces of them, gathered to about TASK characters."""
-    portion, size = [], 0
+    """Gather the texts, or blocks of them, to about TASK characters."""
+    task, size = [], 0
     for text in texts:
-        for piece in _pieces(text, TASK, pattern):
-            portion.append(piece)
-            size += len(piece)
+        for block in _blocks(text, TASK, pattern):
+            task.append(block)
+            size += len(block)
             if size >= TASK:
-                yield portion
-                portion, size = [], 0
-    if portion:
-        yield portion
+                yield task
+                task, size = [], 0
+    if task:
+        yield task
 
 
-def _count(split: Callable[[str], list[str]], pattern: str, task: list[str], chunks: Counter[str]) -> int:
-    """Add the chunks of the task's texts; returns how many characters they are."""
+def _count(pattern: str, task: list[str]) -> tuple[int, Counter[str]]:
+    """Count the chunks of one task; returns how many characters they are, and the counts."""
+    split, chunks = splitter(pattern), Counter()
     for text in task:
-        for piece in _pieces(text, PIECE, pattern):
-            for part in [piece] if piece.isascii() else _pieces(piece, PART, pattern):
+        for block in _blocks(text, ASCII_BLOCK, pattern):
+            for part in [block] if block.isascii() else _blocks(block, OTHER_BLOCK, pattern):
                 chunks.update(split(part))
-    return sum(map(len, task))
-
-
-def _count_apart(pattern: str, task: list[str]) -> tuple[int, Counter[str]]:
-    """_count in a process of its own."""
-    chunks: Counter[str] = Counter()
-    return _count(splitter(pattern), pattern, task, chunks), chunks
+    return sum(map(len, task)), chunks
