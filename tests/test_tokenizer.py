@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from bpe import BPE, train
-from text.tokenizer import BPETokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, tokenizer_from_name
+from text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    ExtendedTokenizer,
+    TiktokenTokenizer,
+    load_tokenizer,
+    tokenizer_from_name,
+)
 
 TEXT = "Grüße, 世界! 🙂\r\n\ttabs, and <|endoftext|> spelled out\n"
 
@@ -61,7 +68,7 @@ def test_an_unknown_character_is_named_with_its_position():
 
 def test_ids_outside_the_vocabulary_are_refused(tiny_encoding, vocabulary):
     for tokenizer in (CharTokenizer("abc", eot=True), TiktokenTokenizer(tiny_encoding), vocabulary):
-        for wrong in (-1, tokenizer.vocab_size):
+        for wrong in (-1, tokenizer.vocab_size, 10**30):
             with pytest.raises(ValueError, match=f"token {wrong} is outside"):
                 tokenizer.decode([0, wrong])
 
@@ -151,6 +158,61 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="damaged"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["char", "tiktoken", "extended"])
+def test_a_flipped_bit_in_a_tokenizer_file_is_noticed_wherever_it_is(tmp_path, kind, tiny_encoding):
+    char = CharTokenizer("abc", eot=True)
+    tokenizer = {
+        "char": char,
+        "tiktoken": TiktokenTokenizer(tiny_encoding),
+        "extended": ExtendedTokenizer(char, ["<s>"]),
+    }[kind]
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = path.read_bytes()
+    assert load_tokenizer(path).content() == tokenizer.content()
+    for place in range(len(content.rstrip())):
+        if content[place : place + 1].isspace():  # the layout of the file, which says nothing
+            continue
+        for bit in (0, 5):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            with pytest.raises(ValueError, match="damaged"):
+                load_tokenizer(path)
+
+
+def test_files_of_the_first_version_have_no_checksum_and_load(tmp_path, tiny_encoding):
+    char = {"kind": "char", "characters": "abc", "eot": True}
+    bpe = train(["a b a b"], 262)
+    for content, size in (
+        (char, 4),
+        ({"kind": "tiktoken", "encoding": tiny_encoding}, TiktokenTokenizer(tiny_encoding).vocab_size),
+        ({"kind": "extended", "base": char, "special_tokens": ["<|user|>"]}, 5),
+        ({"kind": "extended", "base": bpe.content(), "special_tokens": ["<x>"]}, bpe.vocab_size + 1),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        assert load_tokenizer(tmp_path).vocab_size == size
+
+
+def test_special_tokens_that_cannot_be_added_are_refused(tmp_path):
+    base = CharTokenizer("abc", eot=True)
+    for added in (["<s>", "<s>"], [""], ["<|endoftext|>"]):
+        with pytest.raises(ValueError, match="is empty, or there is already one of that name"):
+            ExtendedTokenizer(base, added)
+
+
+def test_half_a_surrogate_pair_is_refused_by_tokenizers_that_encode_bytes(tiny_encoding, vocabulary):
+    for tokenizer in (TiktokenTokenizer(tiny_encoding), vocabulary, ExtendedTokenizer(vocabulary, ["<s>"])):
+        with pytest.raises(ValueError, match=r"'\\udc80' at position 1 is half a surrogate pair"):
+            tokenizer.encode("a\udc80")
+
+
+def test_the_end_token_of_a_vocabulary_may_have_another_name(tmp_path):
+    for eot, id in (("</s>", 301), (None, None), ("<|endoftext|>", 300)):
+        bpe = BPE("gpt4", [], {"<|endoftext|>": 300, "</s>": 301}, eot=eot)
+        BPETokenizer(bpe).save(tmp_path)
+        assert load_tokenizer(tmp_path).eot_id == id
+        assert ExtendedTokenizer(load_tokenizer(tmp_path), ["<x>"]).eot_id == id
 
 
 def test_what_is_missing_or_empty_is_refused(tmp_path):

@@ -1,9 +1,9 @@
 """Text to token ids and back: characters, a vocabulary of bpe.py, or any encoding of tiktoken, behind one interface.
 
-Every tokenizer here has `name`, `vocab_size`, `special_tokens` (spelling → id), `eot_id` (the id of <|endoftext|>, or
-None), `encode(text)`, `decode(ids)`, `bytes_of(id)`, `content()` and `save(folder)`. `encode` treats everything as
-ordinary text: a special token spelled out in it stays text, so that no document can forge the end of a document.
-`load_tokenizer` reads back what `save` wrote, plain JSON.
+Every tokenizer here has `name`, `vocab_size`, `special_tokens` (spelling → id), `eot_id` (the id of the token that ends
+a document, or None), `encode(text)`, `decode(ids)`, `bytes_of(id)`, `content()` and `save(folder)`. `encode` treats
+everything as ordinary text: a special token spelled out in it stays text, so that no document can forge the end of a
+document. `load_tokenizer` reads back what `save` wrote: plain JSON, with a checksum of its own.
 """
 
 import difflib
@@ -15,6 +15,7 @@ import numpy as np
 
 from bpe import BPE, EOT, encode_ordinary, with_checksum, without_checksum
 from common.files import read_json, write_json
+from common.textfile import check_text
 
 FILE_NAME = "tokenizer.json"
 
@@ -35,7 +36,7 @@ class CharTokenizer:
         self._id_of[_code_points(self.characters)] = np.arange(len(self.characters))
 
     def encode(self, text: str) -> list[int]:
-        """The id of each character. ValueError names the first character without one, and its place in the text."""
+        """Return the id of each character. Raises ValueError for one that has none, naming it and its position."""
         ids = self._id_of[_code_points(text)]
         if ids.size and ids.min() < 0:
             where = int(np.argmax(ids < 0))
@@ -47,7 +48,7 @@ class CharTokenizer:
         return ids.tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` (a list, an array, a tensor); <|endoftext|> is spelled out."""
+        """Return the text of `ids` (a list, an array, a tensor), in which <|endoftext|> is spelled out."""
         return "".join(map(self._spellings.__getitem__, _checked(ids, self.vocab_size)))
 
     def bytes_of(self, token: int) -> bytes:
@@ -84,11 +85,11 @@ class TiktokenTokenizer:
         self.eot_id = self.special_tokens.get(EOT)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, in which no special token is recognised."""
+        """Return the ids of `text`, in which no special token is recognised. Raises ValueError as `encode_ordinary`."""
         return encode_ordinary(self._encoding, text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids` (a list, an array, a tensor); bytes that are not UTF-8 become U+FFFD."""
         return _decoded(self._encoding, _checked(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
@@ -102,19 +103,19 @@ class TiktokenTokenizer:
 
 
 class BPETokenizer:
-    """A vocabulary that bpe.py learned, or imported."""
+    """A vocabulary that bpe.py learned, or that was imported."""
 
     def __init__(self, bpe: BPE):
         self.bpe, self.name, self.vocab_size = bpe, "bpe", bpe.vocab_size
         self.special_tokens = bpe.special_tokens
-        self.eot_id = bpe.special_tokens[bpe.eot] if bpe.eot else None
+        self.eot_id = bpe.special_tokens.get(bpe.eot)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, in which no special token is recognised."""
+        """Return the ids of `text`, in which no special token is recognised."""
         return self.bpe.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` (a list, an array, a tensor); bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids` (a list, an array, a tensor); bytes that are not UTF-8 become U+FFFD."""
         return _decoded(self.bpe.encoding, _checked(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
@@ -128,19 +129,22 @@ class BPETokenizer:
 
 
 class ExtendedTokenizer:
-    """Another tokenizer, with special tokens added behind its last id."""
+    """Another tokenizer with special tokens added after its last id."""
 
     def __init__(self, base: "CharTokenizer | TiktokenTokenizer | BPETokenizer", added: list[str]):
+        for name in added:
+            if not check_text(name) or name in base.special_tokens or added.count(name) > 1:
+                raise ValueError(f"the added special token {name!r} is empty, or there is already one of that name")
         self.base, self.added, self.name = base, added, base.name
         self.special_tokens = base.special_tokens | {name: base.vocab_size + i for i, name in enumerate(added)}
         self.vocab_size, self.eot_id = base.vocab_size + len(added), base.eot_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, in which no special token is recognised."""
+        """Return the ids of `text`, in which no special token is recognised."""
         return self.base.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; the added tokens are spelled out."""
+        """Return the text of `ids`, in which the added tokens are spelled out."""
         text, ordinary = "", []
         for token in _checked(ids, self.vocab_size):
             if token < self.base.vocab_size:
@@ -164,7 +168,10 @@ Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer saved in `path`: a folder that holds tokenizer.json, or such a file, or a .bpe file."""
+    """Load the tokenizer saved in `path`: a folder that holds tokenizer.json, or such a file, or a .bpe file.
+
+    Raises ValueError if there is none, or if it is damaged.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
@@ -172,40 +179,38 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(
             f"no tokenizer at {str(path)!r}: give a prepared corpus, a run folder, a {FILE_NAME} or a .bpe"
         )
-    content = read_json(path, "a tokenizer of this project")
-    return _from_content(content, path)
+    return _from_content(read_json(path, "a tokenizer of this project"), path)
 
 
 def _from_content(content: object, path: Path) -> Tokenizer:
-    """The tokenizer of a file's content; path is for messages only."""
-    if isinstance(content, dict) and "kind" in content:
-        content = without_checksum(content, path)
+    """Make the tokenizer of a file's content; path is for messages only."""
+    if isinstance(content, dict) and content.get("format") == "plaingpt-bpe":
+        return BPETokenizer(BPE.from_content(content, path))
+    if isinstance(content, dict):
+        content = without_checksum(content, path)  # files of the first version have none
     match content:  # a further kind of tokenizer is one more case here, and one more name in tokenizer_from_name
-        case {"kind": "char", "characters": str(characters), "eot": bool(eot)}:
+        case {"kind": "char", "characters": str(characters), "eot": bool(eot), **rest} if not rest:
             tokenizer = CharTokenizer(characters, eot)
             if tokenizer.characters != characters:
-                raise ValueError(f"{str(path)!r} is damaged: its characters are not sorted, or one is there twice")
+                raise ValueError(f"{str(path)!r} is damaged: its characters are not sorted, or one occurs twice")
             return tokenizer
-        case {"kind": "tiktoken", "encoding": str(name)}:
+        case {"kind": "tiktoken", "encoding": str(name), **rest} if not rest:
             return TiktokenTokenizer(name)
-        case {"format": "plaingpt-bpe"}:
-            return BPETokenizer(BPE.from_content(content, path))
-        case {"kind": "extended", "base": dict(base), "special_tokens": [*added]} if base.get("kind") != "extended":
-            return ExtendedTokenizer(_from_content(base, path), [str(name) for name in added])
-    hint = (
-        "; for Hugging Face's: python -m formats.tokenizer_json import"
-        if isinstance(content, dict) and "model" in content
-        else ""
-    )
+        case {"kind": "extended", "base": dict(base), "special_tokens": list(added), **rest} if not rest:
+            if base.get("kind") != "extended" and all(isinstance(name, str) for name in added):
+                return ExtendedTokenizer(_from_content(base, path), added)
+    hint = ""
+    if isinstance(content, dict) and "model" in content:
+        hint = "; for Hugging Face's: python -m formats.tokenizer_json import"
     raise ValueError(
         f"{str(path)!r} is damaged, or no tokenizer of this project: it holds no known kind of tokenizer{hint}"
     )
 
 
 def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokenizer:
-    """The tokenizer that `--tokenizer=spec` asks for: 'char', the path of a saved one, or a tiktoken encoding's name.
+    """Return the tokenizer that `--tokenizer=spec` names: 'char', the path of a saved one, or an encoding of tiktoken.
 
-    'char' reads `texts` once through, to collect their characters.
+    'char' reads through `texts` once, to collect their characters.
     """
     if spec == "char":
         if texts is None:
@@ -223,12 +228,12 @@ def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokeni
 
 
 def _code_points(text: str) -> np.ndarray:
-    """The code point of each character, lone surrogates included (a terminal's undecodable bytes arrive as those)."""
+    """Return the code point of each character. Lone surrogates have one too, so that the error can name them."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def _decoded(encoding, ids: list[int]) -> str:
-    """The text of ids by an encoding of tiktoken."""
+    """Return the text of ids under an encoding of tiktoken."""
     try:
         return encoding.decode(ids)
     except KeyError:  # some encodings leave a few ids below n_vocab unused, and a young model may pick one
@@ -243,9 +248,9 @@ def _bytes_of(encoding, token: int) -> bytes:
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """`ids` as a list of ints, each of the vocabulary."""
-    ids = np.array(ids.tolist() if hasattr(ids, "tolist") else list(ids), dtype=np.int64)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if wrong.size:
-        raise ValueError(f"token {wrong[0]} is outside this tokenizer's vocabulary, 0 to {vocab_size - 1}")
-    return ids.tolist()
+    """Return `ids` as a list of ints. Raises ValueError for one that is not in the vocabulary."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else [int(token) for token in ids]
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(f"token {wrong} is outside this tokenizer's vocabulary, 0 to {vocab_size - 1}")
+    return ids
