@@ -1,41 +1,53 @@
 """Byte-level BPE vocabularies to and from the tokenizer.json of Hugging Face tokenizers, with the same ids.
 
-python -m formats.tokenizer_json import tokenizer.json mine.bpe
-python -m formats.tokenizer_json export mine.bpe tokenizer.json
+    python -m formats.tokenizer_json import tokenizer.json mine.bpe
+    python -m formats.tokenizer_json export mine.bpe tokenizer.json
+
+What a tokenizer.json does to a text and a vocabulary of bpe.py would not do is refused by name, so that an imported
+vocabulary gives the ids of Hugging Face for every text. One thing differs on purpose: the spelling of a special token
+is ordinary text here, as with `encode_special_tokens = True` there.
 """
 
 import argparse
+import itertools
 import json
-import math
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from bpe import BPE, EOT
 from common import cli
 from common.files import read_json, write_whole
-from text.chunks import PATTERNS
+from text.chunks import PATTERNS, check_expression
+from text.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer, load_tokenizer
 
 # Hugging Face's regular expressions are Ruby's, where {1,3}+ means any number of {1,3}, and not "possessive".
 REPEATED = re.compile(r"\{[0-9]*,?[0-9]*\}\+")
-DROPPABLE = ("post_processor", "truncation")  # parts of a tokenizer.json that may be left out on purpose
 RUBY_PATTERNS = {name: pattern.replace("{1,3}+", "{1,3}") for name, pattern in PATTERNS.items()}
+DROPPABLE = ("post_processor", "truncation", "padding")  # what a tokenizer.json does beyond encoding a text
 
 
 def byte_characters() -> dict[int, str]:
-    """How tokenizer.json writes bytes: visible Latin-1 characters as themselves, the others as U+0100 and on."""
+    """Return how tokenizer.json spells each byte: visible Latin-1 as itself, the others as U+0100 and following."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
+BYTE_OF = {character: byte for byte, character in byte_characters().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
 def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     """Write the vocabulary as a tokenizer.json of Hugging Face tokenizers, with the same ids.
 
-    Like tiktoken, it is to merge any two neighbours that make a token, not only those that made it here: every way to
-    cut a token in two is a merge. ValueError for what such a file cannot say.
+    tiktoken, which encodes here, merges any two neighbours that together are a token. So that Hugging Face does the
+    same, every way to cut a token in two becomes a merge. Raises ValueError for what such a file cannot say.
     """
     spelled = byte_characters()
     spell = {token: "".join(map(spelled.__getitem__, token)) for token in bpe.ranks}
@@ -43,12 +55,16 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     vocab = {spell[token]: id for token, id in bpe.ranks.items()} | named
     if len(vocab) < len(bpe.ranks) + len(named):
         raise ValueError("a special token is spelled like an ordinary one, which a tokenizer.json cannot tell apart")
+    for special, matched in itertools.product(bpe.special_tokens, bpe.matched_tokens):
+        if overlap(special, matched):  # Hugging Face would look for both at once
+            raise ValueError(f"the special token {special!r} and the matched token {matched!r} overlap, so that a "
+                             "tokenizer.json cannot say which of them is found")  # fmt: skip
     pattern = RUBY_PATTERNS.get(bpe.pattern, bpe.pattern)
-    if REPEATED.search(pattern):
-        raise ValueError(f"{pattern!r} means something else in a tokenizer.json: write (?>x{{1,3}}) for x{{1,3}}+")
+    if reason := means_something_else(pattern):
+        raise ValueError(f"the pattern {pattern!r} means something else in a tokenizer.json: {reason}")
     tokens, merges = list(bpe.ranks), []
     for token, (left, _) in zip(tokens[256:], bpe.merges, strict=True):
-        learned = len(tokens[left - bpe.first_id])  # the cut that was learned first, for `import` to find
+        learned = len(tokens[left - bpe.first_id])  # the cut that was learned comes first, for `import` to find
         for cut in sorted(range(1, len(token)), key=lambda cut: cut != learned):
             if token[:cut] in spell and token[cut:] in spell:
                 merges.append((spell[token[:cut]], spell[token[cut:]]))
@@ -56,13 +72,8 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     added = [
         {"id": id, "content": name, **plain, "special": name in bpe.special_tokens}
         for name, id in sorted(named.items(), key=lambda item: item[1])
-    ]  # fmt: skip
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    ]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     content = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
@@ -77,157 +88,348 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     write_whole(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
-def import_tokenizer_json(path: str | os.PathLike, eot: str | None = None, drop: Iterable[str] = ()) -> BPE:
-    """The vocabulary of a byte-level BPE tokenizer.json, with the same ids.
+def vocabulary_of(tokenizer: Tokenizer, path: str | os.PathLike) -> BPE:
+    """Return the vocabulary of a tokenizer, to which special tokens may have been added for conversations.
 
-    Its special tokens are special tokens here; added tokens that are not special are matched in texts. eot: the name
-    of the token that ends a document, by default <|endoftext|> if there is one. drop: parts of the file that are to be
-    left out, among DROPPABLE. ValueError, naming the obstacle, for what cannot be imported with the same ids.
+    Raises ValueError for a tokenizer that has no merges; path is for the message only.
+    """
+    match tokenizer:
+        case BPETokenizer(bpe=bpe):
+            return bpe
+        case ExtendedTokenizer(base=BPETokenizer(bpe=bpe)):
+            return BPE(
+                bpe.pattern, bpe.merges, tokenizer.special_tokens, bpe.alphabet, bpe.first_id,
+                matched_tokens=bpe.matched_tokens, eot=bpe.eot,
+            )  # fmt: skip
+    kind = "a char tokenizer, which has no merges"
+    if tokenizer.name != "char":
+        kind = f"the encoding {tokenizer.name!r} of tiktoken"
+    raise ValueError(f"{path} holds {kind}: only a vocabulary of bpe.py can be exported")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Import
+
+
+class Merge(NamedTuple):
+    """A merge of a tokenizer.json: the tokens left and right make the token with this id."""
+
+    id: int
+    left: bytes
+    right: bytes
+
+
+def import_tokenizer_json(path: str | os.PathLike, eot: str | None = None, drop: Iterable[str] = ()) -> BPE:
+    """Return the vocabulary of a byte-level BPE tokenizer.json, with the same ids.
+
+    Its special added tokens are special tokens here, its other added tokens are matched tokens.
+    eot: the token that ends a document, such as "</s>"; by default <|endoftext|>, if there is one.
+    drop: which of DROPPABLE to leave out; a file that has them is refused otherwise.
+    Raises ValueError for other kinds of tokenizers, and, naming it, for what a vocabulary of bpe.py would do otherwise.
     """
     content = read_json(path, "a tokenizer.json")
     try:
-        model = content["model"]
-        check_kind(content, model, path)
-        check_droppable(content, path, drop)
+        _check_kind(content, path)
+        for name in DROPPABLE:
+            if name not in drop and (reason := addition(name, content.get(name))):
+                raise ValueError(f"{path}: its {name} {reason}, which has no place here: "
+                                 f"leave it out by --drop {name}")  # fmt: skip
         pattern = hugging_face_pattern(content["pre_tokenizer"], path)
-        special, matched = added_tokens(content, path)
-        byte_of = {character: byte for byte, character in byte_characters().items()}
-        tokens = sorted((id, name) for name, id in model["vocab"].items() if name not in special | matched)
-        spelled = [bytes(byte_of[character] for character in name) for _, name in tokens]
-        ids = {token: id for (id, _), token in zip(tokens, spelled, strict=True)}
-        pairs = []
-        for merge in model["merges"]:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            left, right = (bytes(byte_of[character] for character in half) for half in (left, right))
-            pairs.append((ids[left + right], ids[left], ids[right]))
-        first = tokens[0][0]
-    except (KeyError, TypeError, AttributeError, IndexError):
+        special, matched = added_tokens(content, eot, path)
+        vocab = content["model"]["vocab"].items()
+        ordinary = sorted((id, name) for name, id in vocab if name not in special and name not in matched)
+        ids = {token_bytes(name, path): id for id, name in ordinary}
+        pairs = list(_merges(content["model"]["merges"], ids, path))
+        first = ordinary[0][0]
+    except (KeyError, TypeError, AttributeError, IndexError):  # a field is missing, or has another type
         raise ValueError(f"{path} is no tokenizer.json of a byte-level BPE tokenizer") from None
-    check_ids([*(id for id, _ in tokens), *special.values(), *matched.values()], path)
-    if sorted(spelled[:256]) != [bytes([byte]) for byte in range(256)]:
+    tokens = list(ids)
+    if sorted(tokens[:256]) != [bytes([byte]) for byte in range(256)]:
         raise ValueError(f"{path}: its first 256 ids are not the bytes, so that there is text it cannot encode")
-    made: dict[int, tuple[int, int]] = {}
-    for made_id, left, right in pairs:
-        if max(left, right) < made_id:
-            made.setdefault(made_id, (left, right))  # of several ways to make a token, the first
-    order = [made_id for made_id, _, _ in pairs]
-    following = [id for id, _ in tokens] == list(range(first, first + len(tokens))) and order == sorted(order)
-    if not following or len(made) != len(tokens) - 256:
-        raise ValueError(f"{path}: its ids do not follow the order of its merges, which encoding here relies on")
-    if not model.get("ignore_merges"):
-        check_reachable(spelled, first, pairs, path)
-    if eot is not None and eot not in special:
-        raise ValueError(f"{path} has no special token {eot!r}: choose among {', '.join(special) or 'none'}")
-    merges = [made[first + n] for n in range(256, len(tokens))]
-    chosen = EOT if eot is None else eot
-    return BPE(pattern, merges, special, b"".join(spelled[:256]), first, matched_tokens=matched, eot=chosen)
+    learned = _learned_merges(ids, pairs, path)
+    _check_reachable(ids, pairs, bool(content["model"].get("ignore_merges")), path)
+    try:
+        check_expression(PATTERNS.get(pattern, pattern))
+        return BPE(
+            pattern, learned, special, b"".join(tokens[:256]), first,
+            matched_tokens=matched, eot=EOT if eot is None else eot,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def check_kind(content: dict, model: dict, path: str | os.PathLike) -> None:
-    """ValueError unless the file describes byte-level BPE of texts as they are."""
+def token_bytes(name: str, path: str | os.PathLike) -> bytes:
+    """Return the bytes of a token as tokenizer.json spells them; path is for the message only."""
+    try:
+        return bytes(BYTE_OF[character] for character in name)
+    except KeyError:
+        raise ValueError(f"{path} is not byte-level BPE: its token {name!r} is not spelled in bytes") from None
+
+
+def _merges(merges: list, ids: dict[bytes, int], path: str | os.PathLike) -> Iterator[Merge]:
+    """Yield the merges of a tokenizer.json, in which each is a pair, or in older files one string."""
+    for merge in merges:
+        names = merge.split(" ") if isinstance(merge, str) else merge
+        left, right = (token_bytes(name, path) for name in names)
+        for token in (left, right, left + right):
+            if token not in ids:
+                raise ValueError(f"{path}: the merge of {names[0]!r} and {names[1]!r} needs the token "
+                                 f"{_readable(token)}, which is no ordinary token of the vocabulary")  # fmt: skip
+        yield Merge(ids[left + right], left, right)
+
+
+def _check_kind(content: dict, path: str | os.PathLike) -> None:
+    """Raise ValueError unless the model is byte-level BPE and the text is encoded as it is."""
+    model = content["model"]
     if model["type"] != "BPE":
         raise ValueError(f"{path} is a {model['type']} tokenizer, not byte-level BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(key):
             raise ValueError(f"{path} is not byte-level BPE: it has {key}={model[key]!r}")
-    normalizer = content.get("normalizer")
-    if normalizer is not None and normalizer.get("normalizers", True):  # an empty sequence of normalizers is none
-        raise ValueError(f"{path} changes the text before it encodes it: it has the normalizer {normalizer['type']}")
+    if changes := steps_of(content.get("normalizer"), "normalizers"):
+        names = ", ".join(step["type"] for step in changes)
+        raise ValueError(f"{path} changes the text before it encodes it ({names}), which encoding here does not")
 
 
-def check_droppable(content: dict, path: str | os.PathLike, drop: Iterable[str]) -> None:
-    """ValueError for what would be lost, unless it is among `drop`: tokens added to each text, a longest length."""
-    for name in DROPPABLE:
-        part = content.get(name)
-        if part is None or name in drop:
-            continue
-        steps = part.get("processors", [part])
-        harmless = name == "post_processor" and all(step["type"] == "ByteLevel" for step in steps)
-        if not harmless:
-            names = [token for step in steps for token in step.get("special_tokens", {})]
-            what = f"adds {', '.join(names)} to every text" if names else f"is {part}"
-            raise ValueError(f"{path}: its {name} {what:.200}, which has no place here: leave it out by --drop {name}")
+def steps_of(step: dict | None, inner: str) -> list[dict]:
+    """Return the steps of a Sequence, and of the Sequences in it, under the key `inner`; none for null."""
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    return [single for part in step[inner] for single in steps_of(part, inner)]
 
 
-def added_tokens(content: dict, path: str | os.PathLike) -> tuple[dict[str, int], dict[str, int]]:
-    """The added tokens: special ones, and those that are matched in texts. ValueError for unusual ways of matching."""
-    special, matched = {}, {}
-    for token in content.get("added_tokens", []):
-        (special if token["special"] else matched)[token["content"]] = token["id"]
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if token.get(flag) and not token["special"]:
-                raise ValueError(
-                    f"{path}: its added token {token['content']!r} has {flag}=true, which is not known here"
-                )
-    return special, matched
-
-
-def check_ids(ids: list[int], path: str | os.PathLike) -> None:
-    """ValueError if two tokens share an id."""
-    shared = [id for id, count in Counter(ids).items() if count > 1]
-    if shared:
-        raise ValueError(f"{path}: two tokens share the id {shared[0]}")
-
-
-def check_reachable(
-    spelled: list[bytes], first: int, pairs: list[tuple[int, int, int]], path: str | os.PathLike
-) -> None:
-    """ValueError if the file's merges never make one of its tokens: it would be used here, and never there.
-
-    tiktoken, which encodes here, takes a chunk that is a token as that token; Hugging Face's merges it step by step.
-    """
-    rank = {(left, right): n for n, (_, left, right) in reversed(list(enumerate(pairs)))}
-    made = {(left, right): id for id, left, right in reversed(pairs)}
-    id_of = {token: first + n for n, token in enumerate(spelled)}
-    for n, token in enumerate(spelled[256:], start=256):
-        word = [id_of[token[i : i + 1]] for i in range(len(token))]
-        while len(word) > 1:
-            best, at = min((rank.get(pair, math.inf), i) for i, pair in enumerate(zip(word, word[1:], strict=False)))
-            if best == math.inf:
-                raise ValueError(f"{path}: its merges never make its token {first + n}, {token!r}")
-            word[at : at + 2] = [made[word[at], word[at + 1]]]
-
-
-def hugging_face_pattern(pre_tokenizer: dict, path: str | os.PathLike) -> str:
-    """The pattern by which a tokenizer.json cuts text; GPT-2's is built into its ByteLevel."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    patterns = []
-    for step in steps:
-        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            patterns.append(step["pattern"]["Regex"])
-        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            patterns += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []  # older files do not say
+def addition(name: str, setting: dict | None) -> str:
+    """Return what one of DROPPABLE does to the ids of a text, as the rest of a sentence; "" for nothing."""
+    if setting is None:
+        return ""
+    if name == "truncation":
+        return f"cuts off what is beyond {setting['max_length']} tokens"
+    if name == "padding":
+        fixed = isinstance(setting["strategy"], dict)  # {"Fixed": n}; "BatchLongest" pads no text that stands alone
+        return f"pads every text with {setting['pad_token']}" if fixed else ""
+    for step in steps_of(setting, "processors"):
+        if step["type"] == "TemplateProcessing":
+            added = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
+        elif step["type"] == "ByteLevel":  # changes positions in the text only
+            added = []
         else:
-            raise ValueError(f"{path} cuts text in a way not known here: {step['type']}")
+            added = [step[key][0] for key in ("cls", "sep")]
+        if added:
+            return f"adds {' and '.join(added)} to every text"
+    return ""
+
+
+def added_tokens(
+    content: dict, eot: str | None, path: str | os.PathLike
+) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
+    """Return the special and the matched tokens of a tokenizer.json, spelling → id. The end token is a special one.
+
+    Raises ValueError for an unknown end token, an id that two tokens share, and a token that is not matched as it is.
+    """
+    vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
+    named = {token["content"]: token["id"] for token in added}
+    if eot is not None and eot not in named:
+        if eot not in vocab:
+            raise ValueError(f"{path} has no token {eot!r}; the tokens added to its vocabulary are "
+                             f"{', '.join(named)[:1000] or 'none'}")  # fmt: skip
+        named[eot] = vocab[eot]
+    name_of: dict[int, str] = {}
+    for name, id in [*vocab.items(), *named.items()]:
+        if type(id) is not int:
+            raise TypeError
+        if name_of.setdefault(id, name) != name:
+            raise ValueError(f"{path}: the tokens {name_of[id]!r} and {name!r} share the id {id}")
+        if name in named and named[name] != id:
+            raise ValueError(f"{path}: the token {name!r} has two ids, {id} and {named[name]}")
+    matched = {}
+    for token in added:
+        name = token["content"]
+        if token["special"] or name == eot:
+            continue
+        matched[name] = named[name]
+        for option in ("single_word", "lstrip", "rstrip"):
+            if token.get(option):
+                raise ValueError(f"{path}: the added token {name!r} has {option}, which is not known here")
+        for other in added:
+            different = (other["special"], other.get("normalized")) != (False, token.get("normalized"))
+            if different and overlap(name, other["content"]):
+                raise ValueError(f"{path}: the added tokens {name!r} and {other['content']!r} overlap, and are of "
+                                 "different kinds, so that which of them is found is not known here")  # fmt: skip
+    return {name: id for name, id in named.items() if name not in matched}, matched
+
+
+def overlap(a: str, b: str) -> bool:
+    """Return whether two different spellings can share characters of a text."""
+    ends = (a[-n:] == b[:n] or b[-n:] == a[:n] for n in range(1, min(len(a), len(b))))
+    return a in b or b in a or any(ends)
+
+
+def _learned_merges(ids: dict[bytes, int], pairs: list[Merge], path: str | os.PathLike) -> list[tuple[int, int]]:
+    """Return how each token but the bytes is made of two older ones, in the order of ids.
+
+    Raises ValueError if one is not, or if the order of ids is not that of the merges, by which encoding here goes.
+    """
+    numbers = list(ids.values())
+    made: dict[int, tuple[int, int]] = {}
+    for id, left, right in pairs:
+        if max(ids[left], ids[right]) < id:
+            made.setdefault(id, (ids[left], ids[right]))  # of several ways to make a token, the first
+    order = [id for id, _, _ in pairs]
+    if order != sorted(order):
+        raise ValueError(f"{path}: its ids do not follow the order of its merges, which encoding here relies on")
+    for token, id in [*ids.items()][256:]:
+        if id not in made:
+            raise ValueError(f"{path}: no merge of two older tokens makes the token {_readable(token)} (id {id}), "
+                             "but encoding here would use it")  # fmt: skip
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        gap = next(id for id, following in zip(numbers, numbers[1:], strict=False) if following != id + 1)
+        raise ValueError(f"{path}: its ids have a gap after {gap}, so that they are not the numbers of its merges")
+    return [made[id] for id in numbers[256:]]
+
+
+def _check_reachable(ids: dict[bytes, int], pairs: list[Merge], whole: bool, path: str | os.PathLike) -> None:
+    """Raise ValueError for a token that encoding here uses where Hugging Face's merges do not arrive at it.
+
+    tiktoken looks a whole chunk up before it merges (Hugging Face: only if `whole`, its ignore_merges), and merges any
+    two neighbours that together are a token, whereas Hugging Face merges the listed pairs only. For instance, if "bc"
+    and then "abc" were made of "a" and "bc", but an older merge makes "ab", Hugging Face cuts "abc" into "ab" and "c".
+    Merging does not depend on what surrounds a token, so it is enough to encode every token by itself.
+    """
+    rank_of: dict[tuple[bytes, bytes], int] = {}
+    for rank, (_, left, right) in enumerate(pairs):
+        rank_of.setdefault((left, right), rank)
+    for token, id in ids.items():
+        theirs = merge_by_rank(token, lambda left, right: rank_of.get((left, right)))
+        if theirs == [token]:
+            continue
+        ours = merge_by_rank(token, lambda left, right: ids.get(left + right)) if whole else [token]
+        if ours != theirs:
+            parts = " + ".join(map(_readable, theirs))
+            raise ValueError(f"{path}: its merges do not arrive at the token {_readable(token)} (id {id}), but at "
+                             f"{parts}; encoding here would use it")  # fmt: skip
+
+
+def merge_by_rank(token: bytes, rank: Callable[[bytes, bytes], int | None]) -> list[bytes]:
+    """Merge the bytes of a token: of all neighbours that have a rank the lowest goes first, of equals the leftmost."""
+    word = [bytes([byte]) for byte in token]
+    while True:
+        ranked = [(n, i) for i in range(len(word) - 1) if (n := rank(word[i], word[i + 1])) is not None]
+        if not ranked:
+            return word
+        i = min(ranked)[1]
+        word[i : i + 2] = [word[i] + word[i + 1]]
+
+
+def _readable(token: bytes) -> str:
+    return repr(token.decode("utf-8", errors="backslashreplace"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns
+
+
+def hugging_face_pattern(pre_tokenizer: dict | None, path: str | os.PathLike) -> str:
+    """Return the pattern by which a tokenizer.json cuts text, as bpe.py spells it.
+
+    What the pattern leaves out is a chunk of its own there, and here too. Raises ValueError, naming the obstacle, for a
+    text that is cut in several steps, or otherwise.
+    """
+    patterns, steps = [], steps_of(pre_tokenizer, "pretokenizers")
+    for step in steps:
+        kind = step["type"]
+        if kind == "Split":
+            patterns.append(_split_pattern(step, path))
+        elif kind == "ByteLevel" and step["add_prefix_space"]:
+            raise ValueError(f"{path} puts a space before every text (add_prefix_space), which encoding here does not")
+        elif kind == "ByteLevel":  # GPT-2's pattern is built into it; older files do not say use_regex
+            patterns += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []
+        else:
+            raise ValueError(f"{path} cuts text in a way not known here: {kind}")
+    if [step["type"] for step in steps].count("ByteLevel") != 1 or steps[-1]["type"] != "ByteLevel":
+        raise ValueError(f"{path} is not byte-level BPE: its last pre-tokenizer must be its only ByteLevel")
     if len(patterns) != 1:
         kinds = ", ".join(step["type"] for step in steps)
-        raise ValueError(f"{path} cuts text in {len(patterns)} steps ({kinds}), and one is known here")
-    if REPEATED.search(patterns[0]):
-        raise ValueError(f"{path} cuts text in a way not known here: {patterns[0]!r} means something else elsewhere")
-    return next((name for name, pattern in RUBY_PATTERNS.items() if pattern == patterns[0]), patterns[0])
+        raise ValueError(f"{path} cuts text in {len(patterns)} steps ({kinds}); exactly one is known here")
+    pattern = patterns[0]
+    for name, ruby in RUBY_PATTERNS.items():
+        if pattern == ruby:
+            return name
+    if reason := means_something_else(pattern):
+        raise ValueError(f"{path} cuts text by {pattern!r}, which means something else here: {reason}")
+    return pattern
+
+
+def _split_pattern(step: dict, path: str | os.PathLike) -> str:
+    """Return the regular expression of a Split. Raises ValueError if it does not keep all text as separate chunks."""
+    [(kind, pattern)] = step["pattern"].items()
+    pattern = re.escape(pattern) if kind == "String" else pattern
+    behavior, invert = step["behavior"], step["invert"]
+    if behavior == "Isolated" or behavior == "Removed" and invert and matches_all(pattern):
+        return pattern
+    if behavior == "Removed":
+        raise ValueError(f"{path} drops the text that its Split {'does not match' if invert else 'matches'} (Removed)")
+    raise ValueError(f"{path} cuts text in a way not known here: a Split that is {behavior}")
+
+
+def matches_all(pattern: str) -> bool:
+    """Return whether the pattern leaves none of Unicode's characters out, one after the other and between spaces."""
+    if pattern in RUBY_PATTERNS.values():
+        return True
+    expression = check_expression(pattern)
+    characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    texts = characters, " ".join(characters)
+    return all(sum(len(match[0]) for match in expression.finditer(text)) == len(text) for text in texts)
+
+
+def means_something_else(pattern: str) -> str:
+    """Return what in a regular expression Ruby, whose kind Hugging Face uses, and tiktoken read differently, or ""."""
+    if pattern in RUBY_PATTERNS.values():
+        return ""
+    if REPEATED.search(pattern):
+        return "x{1,3}+ takes x any number of times there; (?>x{1,3}) is the same everywhere"
+    without_escapes = re.sub(r"\\.", "", pattern, flags=re.DOTALL)
+    outside_classes = re.sub(r"\[\^?\]?[^\]]*\]", "", without_escapes)
+    if re.search(r"[\^$]", outside_classes):
+        return "^ and $ stand for the ends of a line there, and for the ends of the text in tiktoken"
+    if re.search(r"\(\?[a-z]*m", outside_classes):
+        return "(?m) lets . match a line break there"
+    if re.search(r"\\[1-9kg]|\(\?P?<[^=!]", pattern):
+        return "named groups and references to groups are not known here"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("import", "from Hugging Face's format to ours"), ("export", "from ours to Hugging Face's")):
+    for name, text in (("import", "tokenizer.json to a vocabulary of bpe.py"), ("export", "the other way round")):
         sub = commands.add_parser(name, help=text)
-        sub.add_argument("source", help="the file to read")
-        sub.add_argument("target", help="the file to write")
+        sub.add_argument("source", metavar="SOURCE", help="the file to read")
+        sub.add_argument("target", metavar="TARGET", help="the file to write")
         if name == "import":
-            sub.add_argument("--eot", metavar="TOKEN", help=f"the special token that ends a document (default {EOT})")
-            text = "leave out, if it is in the way"
-            sub.add_argument("--drop", nargs="+", choices=DROPPABLE, default=[], help=text)
+            sub.add_argument("--eot", metavar="NAME", help=f"the token that ends a document; default: {EOT}")
+            sub.add_argument(
+                "--drop", action="append", default=[], choices=DROPPABLE, metavar="WHAT",
+                help="leave out what the file does beyond encoding a text (may be repeated): " + ", ".join(DROPPABLE),
+            )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.command == "export":
-        return export_tokenizer_json(BPE.load(arguments.source), arguments.target)
+        bpe = vocabulary_of(load_tokenizer(arguments.source), arguments.source)
+        return export_tokenizer_json(bpe, arguments.target)
     bpe = import_tokenizer_json(arguments.source, arguments.eot, arguments.drop)
     bpe.save(arguments.target)
     print(f"{arguments.target}: {bpe.vocab_size:,} ids")
     if bpe.eot is None:
-        names = ", ".join(bpe.special_tokens) or "there are none"
+        names = ", ".join([*bpe.special_tokens, *bpe.matched_tokens])[:1000] or "there are none"
         print(
-            f"note: it has no token that ends a document; name one by --eot (special tokens: {names})", file=sys.stderr
+            f"note: it has no token {EOT}, so that nothing will stand between documents; if another token ends them, "
+            f"name it by --eot (added tokens: {names})",
+            file=sys.stderr,
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 import bpe
 from bpe import BPE, EOT, train
 from common import cli, textfile
+from formats import tokenizer_json
 from tests.bpe_helpers import FIXTURES, PROSE, ROOT, same
 from text.chunks import PATTERNS, count_chunks, splitter
 from text.merges import learn_merges
@@ -94,10 +95,23 @@ def test_explain_prints_the_textbook_example(command):
         done.returncode == 0 and len(lines) == 7 and lines[0].startswith("words: l o w x1, ␣ l o w x4, ␣ l o w e r x2")
     )
     # `we` and `es` and `st` occur 8, 9 and 9 times: of the last two, e < s decides, then s < t
-    assert lines[1] == "256: e + s, 9 times → es    ␣ n e w es t x6, ␣ w i d es t x3"
-    assert lines[2] == "257: es + t, 9 times → est    ␣ n e w est x6, ␣ w i d est x3"
+    assert lines[1] == "256: 'e' + 's', 9 times → 'es'    ␣ n e w es t x6, ␣ w i d es t x3"
+    assert lines[2] == "257: 'es' + 't', 9 times → 'est'    ␣ n e w est x6, ␣ w i d est x3"
     merges = learn_merges({c.encode(): n for c, n in count_chunks([words.decode()], "gpt4").items()}, 6)
     assert [re.search(r", (\d+) times", line)[1] for line in lines[1:]] == [str(count) for *_, count in merges]
+
+
+def test_explain_shows_whole_characters_and_the_words_as_they_end_up(command):
+    text = "从前 从前 前"
+    done = command("train", "--explain", "--input", "-", "--vocab_size", "300", input=text.encode())
+    lines = done.stdout.decode().splitlines()
+    assert lines[0] == "中₁ 中₂ 中₃ are the bytes of 中" and "\\x" not in done.stdout.decode()
+    assert lines[1] == "words: 从₁ 从₂ 从₃ 前₁ 前₂ 前₃ x1, ␣ 从₁ 从₂ 从₃ 前₁ 前₂ 前₃ x1, ␣ 前₁ 前₂ 前₃ x1"
+    assert lines[2].startswith("256: '前₂' + '前₃', 3 times → '前₂₃'    从₁ 从₂ 从₃ 前₁ 前₂₃ x1, ␣ 从₁")
+    assert lines[-1].endswith("→ '␣从前'    ␣从前 x1")
+    many = " ".join(f"{a}{b}" for a in "abcdef" for b in "ghijkl").encode()
+    done = command("train", "--explain", "--input", "-", "--vocab_size", "257", input=many)
+    assert done.stdout.decode().splitlines()[0].endswith(", and 16 more")
 
 
 def test_info_shows_what_is_in_a_vocabulary(command, tmp_path, monkeypatch):
@@ -117,6 +131,7 @@ def test_info_shows_what_is_in_a_vocabulary(command, tmp_path, monkeypatch):
     assert f"{size:,} bytes: {size / len(vocabulary.encode(PROSE)):.3f}, gpt2 is not here" in shown
     first = next(iter(list(vocabulary.ranks)[256:]))
     assert f"first merges: {bpe.shown(first)}" in shown and EOT in shown and "pattern gpt2" in shown
+    assert f"end of a document: {EOT}" in shown
     assert "bytes per token" not in command("info", tmp_path / "a.bpe").stdout.decode()
 
 
@@ -133,6 +148,10 @@ def test_a_mistake_is_one_clear_line(command, tmp_path):
         (("train", "--input", bad, *output), "bad, line 1: not UTF-8"),
         (("train", "--input", "-", *output), "no text to learn from"),
         (("train", "--input", text), "--output is missing"),
+        (("train", "--input", text, "--explain", *output), "leave --output out"),
+        (("train", "--input", text, "--explain", "--vocab_size", 256), "vocab_size=256 is too small"),
+        (("train", "--input", text, *output, "--pattern", "gpt5"), "There are gpt2, gpt4, digits"),
+        (("train", "--input", text, *output, "--pattern", r"\d*"), "matches the empty string"),
         (("train", "--input", text, "--output", tmp_path / "none" / "x.bpe"), "is no folder"),
         (("train", "--input", text, "--output", tmp_path), "is a folder"),
         (("train", "--input", text, *output, "--vocab_size", 100), "too small"),
@@ -149,16 +168,20 @@ def test_a_mistake_is_one_clear_line(command, tmp_path):
     ):
         assert message in refused(command(*options)), options
     for numbers in (b"-1", b"1e3", b"9" * 5000, "²".encode(), b"999"):
-        refused(command("decode", vocabulary, input=numbers))
+        assert "is no token id" in refused(command("decode", vocabulary, input=numbers))
     assert sorted(os.listdir(tmp_path)) == ["a.bpe", "a.txt", "bad", "empty"]
 
 
-def test_the_tokenizer_json_command(vocabularies, tmp_path):
+def test_the_tokenizer_json_command(vocabularies, tmp_path, monkeypatch):
     vocabularies["gpt4"].save(tmp_path / "a.bpe")
     for kind, source, target in (("export", "a.bpe", "t.json"), ("import", "t.json", "b.bpe")):
         done = run("-m", "formats.tokenizer_json", kind, tmp_path / source, tmp_path / target)
         assert done.returncode == 0, done.stderr
     assert same(BPE.load(tmp_path / "b.bpe"), vocabularies["gpt4"])
     CharTokenizer("ab", eot=True).save(tmp_path)
-    done = run("-m", "formats.tokenizer_json", "export", tmp_path / "tokenizer.json", tmp_path / "t.json")
-    assert "holds a char tokenizer, which has no merges" in refused(done)
+    monkeypatch.setattr(sys, "argv", ["x", "export", str(tmp_path), str(tmp_path / "t.json")])
+    with pytest.raises(ValueError, match="holds a char tokenizer, which has no merges"):
+        tokenizer_json.main()
+    monkeypatch.setattr(sys, "argv", ["x", "import", str(tmp_path / "none"), str(tmp_path / "x.bpe")])
+    with pytest.raises(ValueError, match="cannot read"):
+        tokenizer_json.main()
