@@ -1,9 +1,9 @@
 """The merges of byte-pair encoding, learned in numpy as fast as native code does.
 
-"Merge the most frequent pair, again and again" [Sennrich et al. 2016]. Of equally frequent pairs the one that came into
-being first goes first: the one whose newer token is older, then whose older token is older, then the one with the newer
-token on the left. So the result depends on the text alone. What makes it fast: every pair knows where it stands, so
-that nothing is searched; and merges that cannot touch each other are done together, hundreds at once.
+"Merge the most frequent pair, again and again" [Sennrich et al. 2016]. Of equally frequent pairs the oldest goes first:
+the one whose newer token is older, then the one whose older token is older, then the one with the newer token on the
+left. So the result depends on the text alone. Two things make it fast: the table of pairs lists the places of each
+pair, so that the text is never searched; and merges that do not affect each other are done at once, hundreds of them.
 """
 
 import sys
@@ -12,17 +12,20 @@ import numpy as np
 from numpy import ndarray
 from tqdm import tqdm
 
-NEVER = -(1 << 60)  # the count of a pair that is not to be merged (again)
+NEVER = -(1 << 60)  # the count of a pair that must not be merged, or not again
 
 
 class Learner:
-    """A corpus of chunks that shrinks as pairs merge, and a table of the pairs in it.
+    """The chunks of a corpus, whose tokens become fewer with every merge, and a table of the pairs of neighbours.
 
-    The corpus: `symbol[p]` is the token at place p, -1 where it was merged away; `after` and `before` link the places
-    of a chunk, 0 is its end; `weight[p]` is how often the chunk occurs.
-    The table: pair i is `key[i]`, occurs `count[i]` times in all, at the places `place[first[i]:first[i + 1]]` (some of
-    them out of date). A key is made of the newer token of the pair first. All occurrences of a pair are born when its
-    newer token is, so new pairs always go to the end, the keys are sorted by themselves, and nothing ever moves.
+    The chunks: `symbol[p]` is the token at place p, -1 if it has become part of the token before it; `after[p]` and
+    `before[p]` are the neighbouring places in the chunk, 0 at its ends; `weight[p]` is how often the chunk occurs.
+    The table: pair i has the key `key[i]` (see `pair_key`), and occurs `count[i]` times in the corpus, at the places
+    `place[first[i]:first[i + 1]]` of its left token, some of which have changed since. A key begins with the newer of
+    the pair's two tokens. All occurrences of a pair arise when that token is made, so the pairs of a new token are
+    appended to the table, which stays sorted by key without being moved.
+
+    For the chunk "aab" and the merge of a and b: places 1 2 3 hold a a b; after it they hold a, ab and -1.
     """
 
     def __init__(self, chunks: dict[bytes, int], max_token_length: int):
@@ -42,18 +45,18 @@ class Learner:
         self.add_pairs(np.flatnonzero(self.after))
 
     def pair_key(self, left: ndarray, right: ndarray) -> ndarray:
-        """(newer token, older token, which of them is on the left) as one number."""
+        """Return (newer token, older token, whether the older one is on the left) of each pair as one number."""
         newer, older = np.maximum(left, right).astype(np.int64), np.minimum(left, right)
         return newer << 33 | older.astype(np.int64) << 1 | (left < right)
 
     def pair_ends(self, pairs: ndarray) -> tuple[ndarray, ndarray]:
-        """The left and the right token of the pairs."""
+        """Return the left tokens and the right tokens of the pairs."""
         key = self.key[pairs]
         newer, older, older_left = key >> 33, key >> 1 & 0xFFFFFFFF, (key & 1).astype(bool)
         return np.where(older_left, older, newer), np.where(older_left, newer, older)
 
     def add_pairs(self, lefts: ndarray) -> None:
-        """Enter the pairs that begin at these places, all of them new to the table."""
+        """Append the pairs that begin at these places to the table, in which none of them is yet."""
         key = self.pair_key(self.symbol[lefts], self.symbol[self.after[lefts]])
         order = np.argsort(key)
         key, lefts = key[order], lefts[order]
@@ -71,9 +74,10 @@ class Learner:
         self.pairs, self.places = pairs, places
 
     def most_frequent(self, limit: int) -> ndarray:
-        """The pairs with the highest counts, of equals the oldest; at most limit.
+        """Return the pairs with the highest counts in order, of equals the oldest first; at most `limit` of them.
 
-        Only candidates are looked at: all pairs whose count is at least a threshold, lowered when they run out.
+        It looks at the candidates only: all pairs whose count is at least a threshold, which is lowered when they run
+        out.
         """
         self.candidates = self.candidates[self.count[self.candidates] >= max(1, self.threshold)]
         if not len(self.candidates):
@@ -90,9 +94,9 @@ class Learner:
         return pairs[np.argsort(-self.count[pairs], kind="stable")]
 
     def next_batch(self, limit: int) -> list[tuple[int, int, int]]:
-        """The pairs to merge next as (pair, left, right), in order, as far as counts can tell now; [] at the end.
+        """Return the pairs to merge next as (pair, left, right), in the order of their present counts; [] at the end.
 
-        Pairs whose token exists already, or would be too long, are struck off.
+        Pairs whose token exists already, or would be too long, are never to be merged: their count becomes NEVER.
         """
         batch, new, pairs = [], set(), self.most_frequent(limit)
         for pair, left, right in zip(pairs.tolist(), *(ends.tolist() for ends in self.pair_ends(pairs)), strict=True):
@@ -107,15 +111,16 @@ class Learner:
         return batch if batch or not len(pairs) else self.next_batch(limit)
 
     def merge(self, batch: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """Do those merges of the batch that can be done at once; returns (left, right, count) of each.
+        """Do as many merges of the batch as can be done at once; returns (left, right, count) of each.
 
-        That is, with the result of doing them one by one. A pair that shares a symbol of the text with a merge before
-        it becomes rarer by that, and is put off; the batch ends where it is the turn of a pair, new or put off, that is
-        not in it.
+        The result is that of doing them one by one. A pair that shares a token of the text with an earlier pair of the
+        batch becomes rarer when that one is merged, and is put off (see `clashes`). The batch ends before the first
+        pair that is rarer than another pair would be by then: one that was put off, or one with a new token (see
+        `highest_new`).
         """
         pairs, left, right = np.array(batch).T
         count = self.count[pairs]
-        # Where the pairs are now: p the place of the left symbol, q of the right one, j which pair of the batch
+        # The present occurrences of the pairs: the left token is at p, the right one at q, and j is the pair's number
         first, last = self.first[pairs].tolist(), self.first[pairs + 1].tolist()
         sizes = self.first[pairs + 1] - self.first[pairs]
         p = np.concatenate([self.place[a:b] for a, b in zip(first, last, strict=True)]).astype(np.intp)
@@ -125,7 +130,7 @@ class Learner:
         current = np.flatnonzero(current)
         p, q, j = p[current], q[current], np.repeat(np.arange(len(pairs)), sizes)[current]
         taken = np.ones(len(p), bool)
-        if (left == right).any():  # aaaa is three pairs aa, of which two merge: every second one of a run
+        if (left == right).any():  # aaaa has three pairs aa, of which two are merged: every second one of a run
             twins = np.flatnonzero((left == right)[j])
             twins = twins[np.lexsort((p[twins], j[twins]))]
             index = np.arange(len(twins))
@@ -135,7 +140,7 @@ class Learner:
         mine = taken & ~put_off[j]
         p, q, j = p[mine], q[mine], j[mine]
         self.highest_new(p, q, j, threat)
-        # A threat to merge i: some pair, new or put off by a merge before i, that is more frequent than pair i
+        # Pair i comes too early if a pair that arises from the pairs before it is to be merged before it
         late = np.flatnonzero(count[1:] < np.maximum.accumulate(threat)[:-1])
         safe = int(late[0]) + 1 if len(late) else len(batch)
         done = np.flatnonzero(~put_off[:safe])
@@ -149,18 +154,26 @@ class Learner:
         return merges
 
     def clashes(self, p: ndarray, q: ndarray, j: ndarray, taken: ndarray, size: int) -> tuple[ndarray, ndarray]:
-        """Which pairs of the batch share a symbol with one that is merged before them, and so are put off.
+        """Find the pairs of the batch that share a token of the text with a pair that is merged before them.
 
-        Also, for these, how frequent they still are when their turn has come, plus one; for the others 0.
+        p, q, j: (occurrences,) the places of the left and the right token, and the pair's number in the batch; taken:
+        whether the occurrence is merged (of the three pairs aa in aaaa, the middle one is not); size: of the batch.
+        Returns, for each pair of the batch, whether it is put off, and the count that a later pair must have to go
+        before it all the same: one more than what is left of a pair that is put off, 0 for all others.
+
+        Example: the chunks abc x3, bc x2, ab x1, and the batch (b c), which occurs 5 times, (a b), which occurs 4
+        times. Merging b and c takes the b out of every abc, so (a b) is put off. It is left in the chunk ab only, once:
+        put_off = [False, True], threat = [0, 2]. A third pair may be merged in this batch if it occurs twice; if it
+        occurs once, the batch ends before it, as it may be the turn of (a b).
         """
         put_off, threat = np.zeros(size, bool), np.zeros(size, np.int64)
         self.scratch[q] = j + 1
-        other = self.scratch[p] - 1  # which pair ends where this one begins
+        other = self.scratch[p] - 1  # the pair whose right token is the left token of this one, -1 if there is none
         self.scratch[q] = 0
         meet = np.flatnonzero((other >= 0) & (other != j))
         if len(meet):
             low, high = np.minimum(other[meet], j[meet]), np.maximum(other[meet], j[meet])
-            for edge in np.unique((high * size + low).astype(np.int32)).tolist():  # by the later one of the two
+            for edge in np.unique((high * size + low).astype(np.int32)).tolist():  # in the order of the later pair
                 if not put_off[edge % size]:
                     put_off[edge // size] = True
             merged, late = taken & ~put_off[j], put_off[j]
@@ -173,10 +186,14 @@ class Learner:
         return put_off, threat
 
     def highest_new(self, p: ndarray, q: ndarray, j: ndarray, highest: ndarray) -> None:
-        """Enter, for each pair of the batch that is merged, how frequent a pair with its new token can be.
+        """Raise highest[j] to the highest count that a pair with the new token of merge j can have.
 
-        That is at most as often as the same symbol is beside the same merge now: in the batch, neighbours can only
-        merge and so become rarer.
+        p, q, j: (occurrences,) as in `clashes`, of the merges that are done; highest: (batch,) is changed in place.
+        A new pair occurs at most as often as its other token stands on that side of the merge now: the other merges
+        of the batch can only take some of these neighbours away.
+
+        Example: merging a and b in the chunks xab x3, yab x2, abz x4 makes (x ab) 3 times, (y ab) 2 times and (ab z)
+        4 times, so that highest[j] becomes at least 4.
         """
         beside = [(self.before[p], 0), (self.after[q], 1)]
         key = np.concatenate([(j << 33 | side << 32 | self.symbol[at])[at > 0] for at, side in beside])
@@ -188,10 +205,10 @@ class Learner:
             np.maximum.at(highest, key[starts] >> 33, np.add.reduceat(weight[order], starts))
 
     def replace(self, p: ndarray, q: ndarray, j: ndarray) -> None:
-        """Put new token number j at the places p and nothing at q; update the links and the table of pairs."""
+        """Put the new token number j at each place p and nothing at q; update the links and the table of pairs."""
         before, after = self.before[p], self.after[q]
         self.scratch[q] = 1
-        on_left = (before > 0) & (self.scratch[before] == 0)  # else it is the pair on the right of the merge before
+        on_left = (before > 0) & (self.scratch[before] == 0)  # else this is also the pair on the right of another merge
         on_right = after > 0
         self.scratch[q] = 0
         old = (self.pair_key(self.symbol[before], self.symbol[p])[on_left],
@@ -205,21 +222,22 @@ class Learner:
 
 
 def starts_of(sorted_keys: ndarray) -> ndarray:
-    """Where each run of equal keys begins."""
+    """Return where each run of equal keys begins: [3, 3, 5, 8, 8] → [0, 2, 3]."""
     return np.flatnonzero(np.concatenate(([True], sorted_keys[1:] != sorted_keys[:-1]))[: len(sorted_keys)])
 
 
 def grown(array: ndarray, size: int) -> ndarray:
-    """The array with room for size items: itself, or a copy with at least twice the room."""
+    """Return the array with room for `size` items: the array itself, or a copy with at least twice the room."""
     return array if len(array) >= size else np.concatenate((array, np.empty(max(size, len(array)), array.dtype)))
 
 
 def learn_merges(
     chunks: dict[bytes, int], number: int, max_token_length: int | None = None, progress: bool = False
 ) -> list[tuple[int, int, int]]:
-    """The first `number` merges (left, right, count) for these chunks and their counts; fewer if nothing is left.
+    """Learn the first `number` merges (left, right, count) from chunks and their counts; fewer if nothing is left.
 
-    Merge n makes token 256 + n out of tokens left and right; tokens below 256 are the bytes.
+    Merge n makes token 256 + n of the tokens left and right, which stood together count times; tokens below 256 are the
+    bytes. max_token_length: in bytes; None for no limit.
     """
     merges: list[tuple[int, int, int]] = []
     learner = Learner({chunk: n for chunk, n in chunks.items() if chunk}, max_token_length or sys.maxsize)
