@@ -387,8 +387,8 @@ def explain(texts: Iterable[str], pattern: str, vocab_size: int, max_token_lengt
             if (first := merge_pair(word, a, b)) is not None:
                 changed.append(chunk)
                 example = example or (*spelled(before)[first : first + 2], spelled(word)[first])
-        a, b, made = example
-        print(f"{len(tokens) - 1}: '{a}' + '{b}', {count} times → '{made}'    {listed(changed)}")
+        one, other, made = example
+        print(f"{len(tokens) - 1}: '{one}' + '{other}', {count} times → '{made}'    {listed(changed)}")
 
 
 def info(bpe: BPE, texts: list[str]) -> None:
