@@ -27,6 +27,13 @@ class CountingTokenizer:
         CharTokenizer("a", eot=False).save(folder)
 
 
+class LowerCaseTokenizer(CharTokenizer):
+    """A tokenizer that loses what is upper case, as some of the published ones do."""
+
+    def encode(self, text):
+        return super().encode(text.lower())
+
+
 def numbers(folder, train, val=(0, 1)):
     """A corpus of these tokens."""
     documents = [(split, " ".join(map(str, ids))) for split, ids in (("train", train), ("val", val))]

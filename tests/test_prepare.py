@@ -202,8 +202,8 @@ def test_a_run_and_a_folder_in_use_are_refused_before_a_vocabulary_is_learned(he
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "busy").mkdir()
-    for folder, complaint in (("run", "is a run"), ("busy", "another process is preparing")):
-        with FileLock(tmp_path / "busy" / ".prepare-lock"), pytest.raises(ValueError, match=complaint):
+    for folder, complaint in (("run", "is a run"), ("busy", "is in use by")):
+        with FileLock(tmp_path / "busy" / ".lock"), pytest.raises(ValueError, match=complaint):
             here("text", "--input", tmp_path / "a.txt", "--output", tmp_path / folder, "--vocab_size", "100")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
@@ -244,7 +244,7 @@ def test_ctrl_c_exits_with_130_and_leaves_no_corpus(tmp_path):
         assert process.communicate(timeout=20)[1] == "interrupted\n" and process.returncode == 130
     finally:
         process.kill()
-    assert os.listdir(tmp_path / "out") == [".prepare-lock"]
+    assert os.listdir(tmp_path / "out") == [".lock"]
 
 
 def test_help_tells_about_every_option(command):

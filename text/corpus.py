@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import errors_name, locked, write_json
 from text.documents import Document
 from text.tokenise import Encoded, encode_documents
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
@@ -40,6 +39,9 @@ IGNORED = -100  # the target that no loss counts
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
+TEMPORARY = ".prepare-"  # begins the names of temporary folders
+
+
 def write_corpus(
     folder: str | os.PathLike,
     documents: Iterable[Document],
@@ -52,71 +54,57 @@ def write_corpus(
 
     Each document is followed by the tokenizer's eot_id, if it has one; empty documents are left out. The files do not
     depend on `workers` (default: all CPUs). `total_bytes`, if known, lets the progress bar tell the time left.
-    An old corpus in `folder` stays until the new one is complete. ValueError when a split ends up empty, when the
-    tokenizer does not give a text back, when the disk is full, and as from `hold_for_writing`.
+    An old corpus in `folder` stays until the new one is complete. Raises ValueError when a split ends up empty, when
+    the tokenizer does not give a text back, and as from `hold_for_writing`; WriteError when the disk is full.
     """
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    with hold_for_writing(folder) as folder:
-        new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
-        try:
-            encoded = encode_documents(documents, tokenizer, np.dtype(dtype).newbyteorder("<"), workers)
-            splits, spelled = _write_tokens(new, encoded, total_bytes)
-            with writing(new):
-                tokenizer.save(new)
-                meta = FORMAT | {
-                    "dtype": dtype, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": splits,
-                    "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
-                    "special_tokens_in_text": spelled,
-                }  # fmt: skip
-                write_json(new / META, meta)
-            # Between these renames the folder is no corpus: what opens is the old one or the new one, never a mixture.
-            (folder / META).unlink(missing_ok=True)
-            for name in (*(f"{split}.bin" for split in SPLITS), FILE_NAME, META):
-                os.replace(new / name, folder / name)
-            return meta
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-TEMPORARY = ".prepare-"  # begins the names of temporary folders, and of the lock
+    with hold_for_writing(folder):
+        return write_held_corpus(folder, documents, tokenizer, workers, total_bytes)
 
 
 @contextlib.contextmanager
-def hold_for_writing(folder: str | os.PathLike) -> Iterator[Path]:
-    """Make `folder` and hold it, so that no other process writes there. One process may hold it repeatedly.
+def hold_for_writing(folder: str | os.PathLike) -> Iterator[None]:
+    """Make `folder` and hold it, so that no other process writes there, and clear what a killed process left.
 
-    ValueError if it is a file or a run, or if another process holds it.
+    Raises ValueError if it is a file or a run, or if another process holds it.
     """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"--output={folder} is a file: name a folder")
     if (folder / "config.json").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--output={folder} is a run, whose tokenizer would be lost: name a folder of its own")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{TEMPORARY}lock", is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is preparing {folder}: wait for it, or choose another --output") from None
-    try:
-        if lock.lock_counter == 1:
-            for leftover in folder.glob(f"{TEMPORARY}*/"):  # of a process that was killed
-                shutil.rmtree(leftover)
-        yield folder
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError, such as that of a full disk, into a ValueError that names the path and says what to do."""
-    try:
+    with locked(folder, "choose another --output"):
+        for leftover in folder.glob(f"{TEMPORARY}*/"):
+            shutil.rmtree(leftover)
         yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; make room, or choose another --output (what was there "
-            "before is unchanged)"
-        ) from None
+
+
+def write_held_corpus(
+    folder: str | os.PathLike,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    workers: int | None = None,
+    total_bytes: int | None = None,
+) -> dict:
+    """`write_corpus` for a folder that `hold_for_writing` holds."""
+    folder, dtype = Path(folder), "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    try:
+        encoded = encode_documents(documents, tokenizer, np.dtype(dtype).newbyteorder("<"), workers)
+        splits, spelled = _write_tokens(new, encoded, total_bytes)
+        tokenizer.save(new)
+        meta = FORMAT | {
+            "dtype": dtype, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": splits,
+            "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
+            "special_tokens_in_text": spelled,
+        }  # fmt: skip
+        write_json(new / META, meta)
+        # Between these renames the folder is no corpus: what opens is the old one or the new one, never a mixture.
+        (folder / META).unlink(missing_ok=True)
+        for name in (*(f"{split}.bin" for split in SPLITS), FILE_NAME, META):
+            os.replace(new / name, folder / name)
+        return meta
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write_tokens(
@@ -137,8 +125,8 @@ def _write_tokens(
         for result in encoded:
             for split, part in result.items():
                 content = part.tokens.tobytes()
-                with writing(paths[split]):
-                    write_all(files[split], content)
+                with errors_name(paths[split]):
+                    _write_all(files[split], content)
                 hashes[split].update(content)
                 splits[split]["tokens"] += len(part.tokens)
                 splits[split]["bytes"] += part.bytes
@@ -147,7 +135,7 @@ def _write_tokens(
                 bar.update(part.bytes)
         bar.total = bar.n  # the total was an estimate: JSON escapes are no text
         for split, file in files.items():
-            with writing(paths[split]):
+            with errors_name(paths[split]):
                 os.fsync(file.fileno())
     for split in SPLITS:
         if not splits[split]["tokens"]:
@@ -155,7 +143,7 @@ def _write_tokens(
     return {split: splits[split] | {"sha256": hashes[split].hexdigest()} for split in SPLITS}, dict(spelled)
 
 
-def write_all(file, content: bytes) -> None:
+def _write_all(file, content: bytes) -> None:
     """Write all of `content` to a file without a buffer, whose `write` may take less."""
     left = memoryview(content)
     while left:

@@ -194,7 +194,7 @@ def texts_of(file: File, reading: Reading) -> Iterator[str | Iterator[str]]:
     parts = text_parts(file.path, file.name)
     if file.kind == "pipe":
         first = next(parts, "")
-        file, parts = file._replace(kind=_kind_of(first)), itertools.chain([first], parts)
+        file, parts = file._replace(kind=_kind_of(first, file.name)), itertools.chain([first], parts)
     if file.kind == "json":
         for place, row in json_values(parts, file.name):
             yield _text_of(row, reading.text_field, place)
@@ -204,10 +204,10 @@ def texts_of(file: File, reading: Reading) -> Iterator[str | Iterator[str]]:
         yield from (text.strip("\r\n") for text in split_text(parts, reading.separator, file.name))
 
 
-def _kind_of(start: str) -> Literal["text", "json"]:
+def _kind_of(start: str, name: str) -> Literal["text", "json"]:
     """Whether text is JSON, told by its first characters: an object, or a list that begins with one."""
     if re.match(r'\s*(\[\s*)?\{\s*"', start):
-        print("note: standard input is read as JSON, because it begins like it", file=sys.stderr)
+        print(f"note: {name} is read as JSON, because it begins like it", file=sys.stderr)
         return "json"
     return "text"
 
@@ -319,7 +319,7 @@ class Documents:
                 f"cannot copy {file.name} to {copy.name}: {error.strerror}; TMPDIR chooses another folder"
             ) from None
         first = next(text_parts(copy.name, file.name), "")
-        return file._replace(path=Path(copy.name), kind=_kind_of(first))
+        return file._replace(path=Path(copy.name), kind=_kind_of(first, file.name))
 
 
 def validation_parts(sizes: list[int], digest: Callable[[int], bytes], val_fraction: float) -> list[int]:

@@ -8,12 +8,14 @@ import os
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from os.path import expanduser
 from pathlib import Path
 
 from tqdm import tqdm
 
 import bpe
-from text.corpus import SPLITS, hold_for_writing, write_all, write_corpus, writing
+from common.files import replacing
+from text.corpus import SPLITS, hold_for_writing, write_held_corpus
 from text.documents import Document, Documents, Reading, add_reading_options, hub_documents, parts_of
 from text.tokenise import pieces
 from text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_name
@@ -34,12 +36,14 @@ def corpus_parser(
         "--output",
         default=output,
         required=output is None,
+        type=expanduser,
         metavar="DIR",
         help="folder to write the corpus to" + (f"; {default}" if output else ""),
     )
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--tokenizer",
+        type=expanduser,
         metavar="T",
         help="char (a token per character), a tiktoken encoding's name (gpt2, cl100k_base, o200k_base, ...), or the "
         "path of a saved tokenizer or of a vocabulary of bpe.py"
@@ -82,7 +86,7 @@ def prepare(
             tokenizer = learned_tokenizer(documents(), chosen, args.workers)
         else:
             tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
-        meta = write_corpus(args.output, documents(), tokenizer, workers=args.workers, total_bytes=total_bytes)
+        meta = write_held_corpus(args.output, documents(), tokenizer, args.workers, total_bytes)
     report(args.output, meta, tokenizer, args.val_fraction)
 
 
@@ -101,7 +105,8 @@ def prepare_files(args: argparse.Namespace) -> None:
 def prepare_from_hub(description: str, output: Path, name: str, subset: str | None) -> None:
     """The whole command for the Hub's data set `name`: see `hub_documents`."""
     parser = corpus_parser(description, output=output, tokenizer="gpt2", val_fraction=0.0005)
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="read these files or folders, not the Hub")
+    text = "read these files or folders, not the Hub"
+    parser.add_argument("--input", nargs="+", type=expanduser, metavar="FILE", help=text)
     add_reading_options(parser)
     parser.add_argument(
         "--max_documents", type=int, metavar="N", help="take the first N documents (10000 to try it out); default: all"
@@ -173,12 +178,6 @@ def download(url: str, path: str | Path | None = None, sha256: str | None = None
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{url} sent another file than expected (its SHA-256 differs): pass a copy with --input FILE")
     if path is not None:
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            with writing(temporary), open(temporary, "wb", buffering=0) as file:
-                write_all(file, content)
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, "wb") as file:
+            file.write(content)
     return bytes(content)

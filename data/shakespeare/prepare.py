@@ -5,6 +5,7 @@ the end-of-text token. The file is downloaded once, 1.1 MB, and shared with data
 """
 
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,9 +20,8 @@ def main() -> None:
     parser = shakespeare_parser(__doc__, Path(__file__).resolve().parent)
     either = parser.add_mutually_exclusive_group()
     add_vocab_size(either, 1024)
-    either.add_argument(
-        "--tokenizer", metavar="T", help="a saved tokenizer, a .bpe file, or a tiktoken encoding's name"
-    )
+    text = "a saved tokenizer, a .bpe file, or a tiktoken encoding's name"
+    either.add_argument("--tokenizer", type=expanduser, metavar="T", help=text)
     args = parser.parse_args()
     documents = tiny_shakespeare(args.input)
     if args.tokenizer:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 from common.textfile import read_text
@@ -18,8 +19,10 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def shakespeare_parser(description: str, output: Path) -> argparse.ArgumentParser:
     """A parser with the options of both commands for tiny Shakespeare."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", metavar="FILE", help="read the text from FILE instead of downloading it")
-    parser.add_argument("--output", default=output, metavar="DIR", help="corpus folder; default: %(default)s")
+    text = "read the text from FILE instead of downloading it"
+    parser.add_argument("--input", type=expanduser, metavar="FILE", help=text)
+    text = "corpus folder; default: %(default)s"
+    parser.add_argument("--output", default=output, type=expanduser, metavar="DIR", help=text)
     return parser
 
 

@@ -18,6 +18,7 @@ all other documents, by a hash of their text. Examples:
 """
 
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,7 +29,8 @@ from text.prepare import corpus_parser, prepare_files
 
 def main() -> None:
     parser = corpus_parser(__doc__, output=None, tokenizer="char", val_fraction=0.01)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or -, in this order")
+    text = "files, folders or -, in this order"
+    parser.add_argument("--input", nargs="+", required=True, type=expanduser, metavar="FILE", help=text)
     add_reading_options(parser)
     prepare_files(parser.parse_args())
 
