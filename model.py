@@ -3,8 +3,8 @@
 Notable:
 - one modern default (RoPE, RMSNorm, QK-norm, SwiGLU, no biases: the Qwen3 shape), the classic parts one option away;
 - attention twice behind one function: the textbook softmax written out, and PyTorch's fused kernel; they agree;
-- one mask function for causal, padded, packed and unmasked attention;
-- nothing here knows about files, devices, processes or tokenizers; a KV cache is handed in from outside.
+- one function makes the mask for causal, padded, packed and bidirectional rows;
+- nothing here knows about files, devices, processes, tokenizers or compilers; a KV cache is handed in from outside.
 
 Shapes: B batch, T time (queries), S time (keys), C = n_embd, H heads, K key/value heads, D = head_dim, V vocabulary.
 """
@@ -34,12 +34,12 @@ class GPTConfig:
     dropout: float = 0.0  # probability of dropping an activation in training
     bias: bool = False  # biases in linear layers and LayerNorms
     causal: bool = True  # each token sees only its past; False = both directions, as in BERT
-    position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"  # how tokens know their places
+    position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"  # how tokens are told their positions
     rope_theta: float = 10000.0  # base of the RoPE wavelengths; larger for longer contexts
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before each attention, MLP and the head
     norm_eps: float = 1e-6  # added to the variance before its root is taken
     qk_norm: bool = True  # normalise queries and keys in each head, before the rotation
-    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"  # activation of the MLP
     tie_embeddings: bool = True  # the output head shares the token embedding's weights
     norm_head: bool = False  # unit-length rows in the output head (NormHead of Baichuan 2)
     attention: Literal["flash", "math"] = "flash"  # flash: the fused kernel; math: the softmax written out
@@ -72,7 +72,7 @@ class GPTConfig:
             raise ValueError(f"RoPE turns pairs of channels, so head_dim must be even, not {self.head_dim}")
         if self.position == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions come in sine-cosine pairs: n_embd must be even, not {self.n_embd}")
-        # 8/3 n_embd to the nearest multiple of 64: the three matrices of swiglu weigh what the two of gelu do
+        # 8/3 n_embd to the nearest multiple of 64: swiglu's three matrices then have as many weights as gelu's two
         swiglu_dim = max(1, round(self.n_embd * 8 / 3 / 64)) * 64
         self.mlp_dim = self.mlp_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
 
@@ -121,31 +121,32 @@ def alibi_slopes(n_head: int) -> Tensor:
 
 
 class Mask(NamedTuple):
-    """Who may look at whom: the M of softmax(QKᵀ/√D + M)·V. The default hides nothing.
+    """Which keys each query may attend to: the M of softmax(QKᵀ/√D + M)·V. `Mask()` hides nothing.
 
-    bias: broadcastable to (B, H, T, S), numbers to add to the scores, or booleans, True = visible.
-    causal: each query sees the keys up to its own, and T = S; the kernels know that without a bias.
-    may_have_empty_rows: whether a query may have nothing to attend to, which a softmax cannot express.
-    empty: (B or 1, H or 1, T, 1), which queries have nothing to attend to; filled in by `prepare_mask`.
+    bias: broadcastable to (B, H, T, S): numbers to add to the scores, or booleans, True for a visible key.
+    causal: each query sees the keys up to its own place, and T = S; the kernels need no bias for that.
+    may_have_empty_rows: whether a query may have nothing to attend to; its softmax would be 0/0.
+    empty_rows: (B or 1, H or 1, T, 1), which queries have nothing to attend to; computed by `prepare_mask`.
     """
 
     bias: Tensor | None = None
     causal: bool = False
     may_have_empty_rows: bool = False
-    empty: Tensor | None = None
+    empty_rows: Tensor | None = None
 
 
 def attention_mask(
     T: int, S: int, *, causal: bool = True, positions: Tensor | None = None, key_positions: Tensor | None = None,
     padding: Tensor | None = None, documents: Tensor | None = None, device: torch.device | None = None,
 ) -> Mask:  # fmt: skip
-    """The mask of T queries and S keys, for every way of masking.
+    """The mask of T queries and S keys.
 
-    causal: a query sees only keys whose position is at most its own. positions (B, T), key_positions (B, S): where
-    queries and keys stand; by default the keys at 0…S-1 and the queries at the last T of these.
-    padding: (B, S) True where a key is a real token. documents: (B, T) numbers; a packed row's tokens see only
-    those with their own number (T = S).
-    Only padding can leave a query with nothing to attend to: in all other cases it sees itself at least.
+    causal: a query sees only keys whose position is at most its own. positions (B, T), key_positions (B, S): by default
+    the keys stand at 0…S-1 and the queries at the last T of these.
+    padding: (B, S), True where a key is a real token. documents: (B, T), the numbers of documents that are packed into
+    a row (T = S); a token sees only its own document.
+    Only padding (on the left, or a whole row of it) can leave a query with nothing to attend to; otherwise every query
+    sees at least itself.
     """
     if padding is None and documents is None:
         if not causal or (positions is None and T == 1):
@@ -166,21 +167,21 @@ def attention_mask(
 
 
 def prepare_mask(mask: Mask, dtype: torch.dtype) -> Mask:
-    """The mask as the kernels want it, once for all layers: numbers to add, in which every query sees something.
+    """Turn the mask into what the kernels take, once for all layers: numbers in dtype, with no empty row.
 
-    The softmax of a query with nothing to attend to is 0/0. It sees everything here, and `attention` sets its result
-    to 0.
+    The softmax of a query with nothing to attend to is 0/0. Such a query sees everything here, and `attention` sets its
+    result to 0.
     """
     bias = mask.bias
-    if bias is None or mask.empty is not None:
+    if bias is None or mask.empty_rows is not None:
         return mask
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -torch.inf)
     bias = bias.to(dtype)
     if not mask.may_have_empty_rows:
         return mask._replace(bias=bias)
-    empty = (bias == -torch.inf).all(-1, keepdim=True)
-    return mask._replace(bias=bias.masked_fill(empty, 0), empty=empty)
+    empty_rows = (bias == -torch.inf).all(-1, keepdim=True)
+    return mask._replace(bias=bias.masked_fill(empty_rows, 0), empty_rows=empty_rows)
 
 
 def attention(
@@ -190,9 +191,9 @@ def attention(
 
     q: (B, H, T, D); k, v: (B, K, S, D), each key/value head serving H/K query heads. mask: None hides nothing.
     A query with nothing to attend to gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
-    "flash" fuses it, and never holds them. Returns (B, H, T, D).
+    "flash" is PyTorch's fused kernel, which never holds them. Returns (B, H, T, D).
     """
-    M, causal, _, empty = prepare_mask(mask or Mask(), q.dtype)
+    M, causal, _, empty_rows = prepare_mask(mask or Mask(), q.dtype)
     B, H, T, D = q.shape
     G = H // k.size(1)  # grouped-query attention [Ainslie et al. 2023]
     if G > 1 and T == k.size(2):
@@ -212,7 +213,7 @@ def attention(
             scores = scores + M
         y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
     y = y.reshape(B, H, T, D)
-    return y if empty is None else y.masked_fill(empty, 0)
+    return y if empty_rows is None else y.masked_fill(empty_rows, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,10 +294,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Logits over the vocabulary; with norm_head only the angle between x and a token's row counts.
-
-    That is NormHead of Baichuan 2 [arXiv 2309.10305, section 2.5].
-    """
+    """Logits over the vocabulary; norm_head scales each row to length 1 [Baichuan 2, arXiv 2309.10305, section 2.5]."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.n_embd, config.vocab_size, bias=False)
@@ -339,11 +337,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The table below: which weights start as what. Normal distributions, given by their standard deviation.
+        """Draw the weights from normal distributions with the standard deviations of the table below.
 
-        The layers that write to the residual stream start smaller, so that its variance does not grow with depth
-        [GPT-2 report, section 2.3]; an embedding that need not serve as the head starts larger, as these writes are
-        soon much larger than 0.02. Biases start at 0, norm weights at 1.
+        Layers that write to the residual stream start smaller, so that its variance does not grow with depth [GPT-2
+        report, section 2.3]. An untied token embedding starts larger, as what they add to it soon is. Biases start at
+        0, norm weights at 1.
         """
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
         std = {
@@ -363,14 +361,16 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Logits (B, T, V) for idx (B, T), and the mean loss over targets (B, T) that are not IGNORE.
 
-        A training step (targets given, training mode) returns (None, loss): logits that leave the function would cost
-        the backward pass a gradient of their size, all zeros.
-        positions: (B, T) or (T,), where 0, 1, 2… from each row's start will not do (packing). padding, documents:
-        see `attention_mask`. cache: read idx as the continuation of what it holds, and add it (a KVCache of
-        decoding/cache.py, or anything with its place, append, last and advance). last_only: logits of each row's last
-        real token only, (B, 1, V). target_count: divide the summed loss by this instead of by the number of counted
-        targets (a step's micro-batches then add up to one mean). ValueError: more tokens than block_size, or than the
-        cache can hold.
+        A training step (targets given, training mode) returns (None, loss): nobody uses its logits, and returning them
+        would cost the backward pass a gradient of their size, all zeros.
+        positions: (B, T) or (T,), if they are not 0, 1, 2… from each row's start (packing). padding, documents: see
+        `attention_mask`. last_only: logits of each row's last real token only, (B, 1, V). target_count: divide the
+        summed loss by this instead of by the number of counted targets; the losses of a step's micro-batches then add
+        up to one mean.
+        cache: holds keys and values of the tokens before idx, and keeps those of idx (decoding/cache.py). It has
+        place(T) → positions (B, T) of idx and (B, S) of all keys, and the Mask; append(layer, k, v) → all keys and
+        values of a layer; last(T) → (B,), the index of each row's last real token; advance(T), when idx has been read.
+        Raises ValueError for more tokens than block_size, or than the cache can hold.
         """
         B, T = idx.shape
         config, key_positions = self.config, None
@@ -378,8 +378,8 @@ class GPT(nn.Module):
             if T > config.block_size:
                 raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}; pass fewer")
             mask = attention_mask(T, T, causal=config.causal, padding=padding, documents=documents, device=idx.device)
-        elif not config.causal or padding is not None or documents is not None:
-            raise ValueError("a cache needs causal=True, and lengths in the place of padding and documents")
+        elif not config.causal or any(x is not None for x in (positions, padding, documents)):
+            raise ValueError("a cache needs causal=True, and no positions, padding or documents: see KVCache.expect")
         else:
             positions, key_positions, mask = cache.place(T)
         x, rope, mask = self.embed(idx, positions, mask, key_positions)
@@ -397,7 +397,7 @@ class GPT(nn.Module):
         return None if self.training else logits, loss
 
     def embed(self, idx: Tensor, positions: Tensor | None, mask: Mask, key_positions: Tensor | None):
-        """Where position enters, scheme by scheme: returns x (B, T, C), RoPE's (cos, sin) or None, and the mask."""
+        """Embed tokens and their positions: returns x (B, T, C), RoPE's (cos, sin) or None, and the mask with ALiBi."""
         T, kind = idx.size(1), self.config.position
         at = slice(T) if positions is None else positions
         x, rope = self.tok_emb(idx), None

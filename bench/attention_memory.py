@@ -30,14 +30,14 @@ def measure(kind: str, T: int, device: str, results: Path) -> None:
     import torch  # here and not above: a process starts with the peak of the one that started it
     from safetensors.torch import load_file, save_file
 
-    from model import attention
+    from model import Mask, attention
 
     def forward_and_backward(T: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         q, k, v, slope = (torch.randn(B, H, T, D, device=device) for _ in range(4))
         for x in (q, k, v):
             x.requires_grad_()
-        y = attention(q, k, v, "causal", kind=kind)
+        y = attention(q, k, v, Mask(causal=True), kind=kind)
         y.backward(slope)
         return {"y": y.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
 

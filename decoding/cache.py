@@ -1,7 +1,8 @@
 """The KV cache: keys and values of the tokens read so far, handed to the model from outside.
 
-Notable: every row of the batch has its own length, and beams may share a row. The model calls `place` when it begins to
-read tokens, `append` in each layer, and `advance` when it has read them.
+Notable: every row of the batch has its own length, and beams may share a row. What is special about the tokens of a
+call is told with `expect`. The model then calls `place` before its first layer, `append` in each layer, `last` if it is
+asked for the last tokens' logits alone, and `advance` after its last layer.
 """
 
 import copy
@@ -16,8 +17,8 @@ from model import GPTConfig, Mask, attention_mask
 NOWHERE = 1 << 40  # position of an empty cache slot: larger than any query's, so the causal mask hides it
 
 
-class Coming(NamedTuple):
-    """What is special about the tokens that are read next; see `KVCache.expect`."""
+class Expected(NamedTuple):
+    """What is special about the tokens of a call; see `KVCache.expect`."""
 
     lengths: list[int] | None = None
     positions: Tensor | None = None
@@ -44,34 +45,46 @@ class KVCache:
         self.padded = False  # whether a slot that is taken holds padding
         self.slots: slice | Tensor = slice(0)  # those of the tokens now being read
         self.frozen = False
-        self.coming = Coming()
+        self.coming = Expected()  # of the next call
+        self.reading = Expected()  # of the call in progress
 
     def expect(
         self, *, lengths: list[int] | None = None, positions: Tensor | None = None, visible: Tensor | None = None
     ) -> "KVCache":
-        """Say what is special about the tokens (B, T) that the next call of the model reads; returns the cache itself.
+        """Tell what is special about the tokens (B, T) that the model reads next; returns the cache itself.
 
         lengths: how many tokens of each right-padded row are real; by default all.
-        positions (B, T), below block_size, with visible (B, T, S): where the tokens stand, and which of the cache's
-        slots, the T new ones included, each of them sees, if that is not simply its row's past (beams that share a
-        row). Rows' lengths then stay as they are.
+        positions (B, T), below block_size, and visible (B, T, S) are for beams that share a row: where each token
+        stands, and which of the cache's slots it sees, the T new ones included. Both are given, or neither; by default
+        a token continues its row and sees the whole row. The rows' lengths then stay as they are.
+
+            model(idx, cache=cache.expect(lengths=[3, 5]))
         """
-        self.coming = Coming(lengths, positions, visible)
+        if (positions is None) != (visible is None) or (lengths is not None and positions is not None):
+            raise ValueError("a cache is told of lengths, or of positions and visible together")
+        self.coming = Expected(lengths, positions, visible)
         return self
 
     def freeze(self) -> None:
-        """From now on give every token the same shapes and addresses, as compilers and CUDA graphs want them.
+        """From now on read one token per row and call, always with the same shapes and addresses, as CUDA graphs need.
 
-        Attention then runs over all max_length slots, and nobody checks that a new token finds room.
+        Attention then runs over all max_length slots, and the caller sees to it that there is room for the token.
         """
         self.frozen, self.slots = True, torch.tensor([self.used - 1], device=self.k.device)
+
+    def forget_last(self) -> None:
+        """Forget the last token of every row of a frozen cache: the next one takes its slot."""
+        self.slots -= 1
+        self.lengths -= 1
 
     def place(self, T: int) -> tuple[Tensor, Tensor, Mask]:
         """Take the next T slots (1, if frozen) for tokens (B, T).
 
-        Returns their positions (B, T), the positions of all S slots taken so far (B, S), and who sees whom.
+        Returns their positions (B, T), those of all S slots taken so far (B, S), and the mask. Raises ValueError if the
+        tokens do not fit into the context or into the cache.
         """
-        lengths, positions, visible = self.coming
+        self.reading, self.coming = self.coming, Expected()  # a call that is refused leaves nothing behind for the next
+        _, positions, visible = self.reading
         if isinstance(self.slots, Tensor):  # frozen
             self.slots += 1
         else:
@@ -88,19 +101,19 @@ class KVCache:
         return positions, self.key_positions(), mask
 
     def key_positions(self) -> Tensor:
-        """Where the tokens of all slots taken so far stand, (B, S)."""
+        """The positions of all slots taken so far, (B, S)."""
         return self.positions if self.frozen else self.positions[:, : self.used]
 
     def mask(self, positions: Tensor) -> Mask:
-        """Which of the S slots each of the T tokens just placed sees: everything in its row up to itself."""
+        """The mask with which each of the T tokens just placed sees everything in its row up to itself."""
         T, keys = positions.size(1), self.key_positions()
-        # One token after a past without padding sees all of it; an empty cache is plain causal attention.
+        # Without padding, one token per row sees all slots, and tokens that begin a cache are plainly causal.
         if not self.padded and not self.frozen and T in (1, self.used):
             return attention_mask(T, self.used)
         return attention_mask(T, keys.size(1), positions=positions, key_positions=keys)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of one layer in the slots just taken; returns all there is of it, (B, K, S, D)."""
+        """Store k, v (B, K, T, D) of one layer in the slots just taken; returns all of that layer, (B, K, S, D)."""
         S = self.key_positions().size(1)
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[:, :, self.slots] = new.to(store.dtype)
@@ -108,12 +121,12 @@ class KVCache:
 
     def last(self, T: int) -> Tensor:
         """The index, among the T tokens now being read, of each row's last real one: (B,)."""
-        lengths = self.coming.lengths
+        lengths = self.reading.lengths
         return torch.full((len(self.lengths),), T - 1) if lengths is None else torch.tensor(lengths) - 1
 
     def advance(self, T: int) -> None:
-        """Count the T tokens just placed as real, or as many of each row as was expected."""
-        lengths, positions, _ = self.coming
+        """Count the T tokens just placed as read, or in each right-padded row only the real ones."""
+        lengths, positions, _ = self.reading
         if positions is None and lengths is None:
             self.lengths += T
             self.longest += 0 if self.frozen else T
@@ -124,14 +137,14 @@ class KVCache:
             self.padded |= min(lengths) < T
             self.lengths += real
             self.longest = int(self.lengths.max())
-        self.coming = Coming()
 
     def regroup(self, rows: Tensor, room: int) -> "KVCache":
-        """A cache whose row b holds this one's rows `rows[b]`, side by side, and `room` slots more.
+        """A new cache whose row b holds the rows `rows[b]` of this one side by side, with `room` empty slots behind.
 
-        rows: (B, n). n = 1 repeats and reorders rows: [[0], [0], [2]] makes two copies of row 0, and drops row 1.
-        With n = 2, [[0, 1], [2, 3]] makes rows of twice the length, for beams that share a row; lengths then mean
-        nothing, and `visible` must be given with every call.
+        rows: (B, n). Let this cache have three rows of two tokens each, ab, cd and ef; one more slot is wanted (-).
+        n = 1 repeats, reorders and drops rows:  [[0], [0], [2]] → ab-, ab-, ef-
+        n = 2 puts two into one row, for beams:  [[0, 1]] → abcd-
+        With n > 1 a row has no length of its own any more: every call must be told `positions` and `visible`.
         """
         new = copy.copy(self)
         new.k, new.v = (

@@ -133,8 +133,7 @@ class GraphedStep:
             with torch.cuda.stream(side):  # the first calls choose kernels and workspaces, and cannot be recorded
                 for _ in range(2):
                     read_tokens(model, self.idx, cache=cache)
-                    cache.slots -= 1  # forget the token again: the next one takes its slot
-                    cache.lengths -= 1
+                    cache.forget_last()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side):

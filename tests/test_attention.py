@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 
+from bench.attention_memory import measure
 from decoding.cache import KVCache
 from model import GPT, GPTConfig, Mask, alibi_slopes, attention, attention_mask, rope_table, rotate, sinusoidal_table
 from tests.helpers import LOSS_OPTIONS, POSITIONS, assert_close, label, random, tokens
@@ -146,6 +147,9 @@ def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, positio
     else:
         shown = mask.bias
     shown = shown.expand(3, 1, T, 7)
+    # No batch without padding pays for rows that it cannot have; on the left, or with all of its document cut off, a
+    # query of a padded one may see nothing.
+    assert mask.may_have_empty_rows == (padding is not None)
     assert mask.may_have_empty_rows or shown.any(-1).all()
     for b, t, j in product(range(3), range(T), range(7)):
         i = 7 - T + t if positions is None else positions[b, t]
@@ -254,11 +258,32 @@ def test_more_tokens_than_the_cache_or_the_context_can_hold_are_refused(tiny_gpt
     assert small.lengths.tolist() == [3, 3] and large.lengths.tolist() == [2, 6]
 
 
-@pytest.mark.parametrize("name", ["padding", "documents"])
+@pytest.mark.parametrize("name", ["positions", "padding", "documents"])
 def test_a_cache_together_with_a_mask_that_it_would_not_heed_is_refused(tiny_gpt, name):
     model = tiny_gpt()
-    with pytest.raises(ValueError, match="lengths in the place of padding and documents"):
-        model(tokens(2, 9), cache=KVCache(model.config, 2, 9, dtype=torch.float64), **{name: DOCUMENTS})
+    cache = KVCache(model.config, 2, 9, dtype=torch.float64)
+    with pytest.raises(ValueError, match="and no positions, padding or documents: see KVCache.expect"):
+        model(tokens(2, 9), cache=cache, **{name: DOCUMENTS})
+    assert cache.used == 0
+
+
+@torch.no_grad()
+def test_what_was_expected_of_a_refused_call_is_not_expected_of_the_next_one(tiny_gpt):
+    model, idx = tiny_gpt(), tokens(2, 4)
+    cache = KVCache(model.config, 2, 8, dtype=torch.float64)
+    model(idx, cache=cache)
+    with pytest.raises(ValueError, match="the cache holds 8 tokens"):
+        model(tokens(2, 5), cache=cache.expect(lengths=[1, 5]))
+    assert_close(model(idx, cache=cache)[0], model(torch.cat((idx, idx), dim=1))[0][:, 4:])
+    assert cache.lengths.tolist() == [8, 8] and not cache.padded
+
+
+def test_what_a_cache_cannot_expect_is_refused(tiny_gpt):
+    cache, positions, visible = KVCache(tiny_gpt().config, 1, 8), torch.zeros(1, 1), torch.ones(1, 1, 1)
+    for wrong in ({"positions": positions}, {"visible": visible},
+                  {"lengths": [1], "positions": positions, "visible": visible}):  # fmt: skip
+        with pytest.raises(ValueError, match="of lengths, or of positions and visible together"):
+            cache.expect(**wrong)
 
 
 def test_a_cache_for_a_model_that_looks_ahead_is_refused(tiny_gpt):
@@ -396,6 +421,13 @@ def test_without_positions_and_causality_order_means_nothing_and_with_either_it_
         model = tiny_gpt(position=position, causal=causal)
         change = (model(idx[:, order])[0] - model(idx)[0][:, order]).abs().max()
         assert change < 1e-10 if position == "none" and not causal else change > 1e-2
+
+
+def test_the_measurement_of_attentions_memory_runs_and_both_kinds_agree_there(tmp_path, capsys):
+    for kind in ("flash", "math"):
+        measure(kind, 32, "cpu", tmp_path / "results")
+    *_, difference = map(float, capsys.readouterr().out.split())
+    assert difference < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

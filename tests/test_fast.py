@@ -101,8 +101,7 @@ def test_steps_of_fixed_shape_equal_plain_steps_compiled_as_one_graph_without_re
         assert_close(step(idx[:, t : t + 1]), expected)
         if t == 8:  # what was done to warm up can be undone
             step(idx[:, :1])
-            fixed.slots -= 1
-            fixed.lengths -= 1
+            fixed.forget_last()
     assert len(graphs) == 1
 
 
