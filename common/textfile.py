@@ -57,7 +57,9 @@ def text_parts(path: str | Path, name: str | None = None) -> Iterator[str]:
         head += block
     encoding = _encoding_of(head)
     if encoding == "utf-8" and (order := _utf16_order(head[:1000])):
-        raise ValueError(f"{name} looks like UTF-16 without a byte order mark: {_convert(path, f'utf-16{order}')}")
+        raise ValueError(
+            f"{name} looks like UTF-16 without a byte order mark: {_convert(path, name, f'utf-16{order}')}"
+        )
     decoder, line = codecs.getincrementaldecoder(encoding)(), 1
     for block in itertools.chain([head], blocks, [b""]):
         try:
@@ -66,7 +68,7 @@ def text_parts(path: str | Path, name: str | None = None) -> Iterator[str]:
             line += error.object[: error.start].count(b"\n")
             raise ValueError(
                 f"{name}, line {line}: not {encoding.removesuffix('-sig').upper()} ({error.reason}); if the file has "
-                f"another encoding, {_convert(path, 'ENCODING')}, with latin1, gb18030 or the like for ENCODING"
+                f"another encoding, {_convert(path, name, 'ENCODING')}, with latin1, gb18030 or the like for ENCODING"
             ) from None
         if text:
             line += text.count("\n")
@@ -141,9 +143,13 @@ def _utf16_order(head: bytes) -> str:
     return "be" if even > odd else "le"
 
 
-def _convert(path: Path, encoding: str) -> str:
+def _convert(path: Path, name: str, encoding: str) -> str:
+    """The advice to convert a file, or the pipe whose copy it is, as the name that differs from the path tells."""
+    command = f"iconv -f {encoding} -t utf-8"
+    if name != str(path):
+        return f"send it through {command}"
     unpack = "unpack it, then " if path.suffix.lower() in PACKED_SUFFIXES else ""
-    return f"{unpack}convert it: iconv -f {encoding} -t utf-8 {path} > converted.txt"
+    return f"{unpack}convert it: {command} {path} > converted.txt"
 
 
 # --- from text to JSON values ------------------------------------------------------------------------------------

@@ -337,6 +337,9 @@ def test_standard_input_is_read_and_can_be_read_again(monkeypatch, capsys):
     assert read("-") == ["a"]
     standard_input(monkeypatch, "a\n")
     assert read("-") == ["a\n"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff")))
+    with pytest.raises(ValueError, match="standard input, line 2: not UTF-8 .* send it through iconv -f ENCODING"):
+        list(Documents(["-"], 0.5))
 
 
 def test_a_pipe_is_read_like_standard_input():
