@@ -1,10 +1,12 @@
 """From conversations to batches: several packed into one row, or one per row, padded to the longest of its batch.
 
 Notable: packed conversations cannot see each other (document numbers mask them) and each begins at position 0, so that
-a packed row computes what its conversations would alone. Batches are a pure function of (seed, step), as in
-`dataset.py`: rows are made up once, and every epoch takes them in an order of its own.
+a packed row computes what its conversations would alone. Rows are made once, and every epoch takes them in an order of
+its own: a batch is a pure function of (seed, step), as in `text/corpus.py`. All packed batches have one shape; all
+padded ones have the same number of rows, and differ in length only.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +18,9 @@ from common.spread import evenly
 from text.chat import Message, Template
 from text.corpus import IGNORED, epoch_order
 
-MULTIPLE = 16  # padded batches have a length that is a multiple of this: fewer shapes to be compiled
+# The length of a padded batch is a multiple of this, which suits the hardware. With fixed shapes, each of the
+# block_size / 16 lengths would be compiled twice, and torch.compile gives up after 8 graphs: the length is symbolic.
+MULTIPLE = 16
 
 
 @dataclass
@@ -29,12 +33,12 @@ class Example:
 
 @dataclass
 class Examples:
-    """The conversations of a split that can be trained on, and what became of the others."""
+    """The conversations of a split that can be trained on, and counts of what was cut off or left out."""
 
     examples: list[Example] = field(default_factory=list)
     response_bytes: int = 0  # of the assistants' text
-    truncated: int = 0
-    dropped: int = 0
+    truncated: int = 0  # conversations cut off at block_size
+    dropped: int = 0  # conversations left out, because no response token fits into block_size
 
     @property
     def tokens(self) -> int:
@@ -45,7 +49,7 @@ class Examples:
         return sum(int(example.mask.sum()) for example in self.examples)
 
     def summary(self) -> str:
-        """One line, with the reason for whatever is not there."""
+        """One line of counts, with the reason for whatever was cut off or left out."""
         lost = [f"{self.truncated:,} cut off at block_size"] if self.truncated else []
         lost += [f"{self.dropped:,} left out, for no word of the answer fits into block_size"] if self.dropped else []
         counts = f"{self.tokens:,} tokens, {self.response_tokens:,} of them in responses"
@@ -55,7 +59,7 @@ class Examples:
 def make_examples(conversations: list[list[Message]], template: Template, block_size: int) -> Examples:
     """Render the conversations; cut off what does not fit, and leave out those of which no response token remains.
 
-    block_size targets fit, hence block_size + 1 tokens.
+    A row has block_size targets, so block_size + 1 tokens of a conversation fit.
     """
     found = Examples()
     for messages in conversations:
@@ -72,49 +76,54 @@ def make_examples(conversations: list[list[Message]], template: Template, block_
 
 
 def pack(lengths: list[int], room: int) -> list[list[int]]:
-    """Rows of indices into lengths, each row's sum at most room: best fit, the longest first.
+    """Pack items into rows with room for a total length of `room`: best fit, the longest items first.
 
-    Each goes to the row with the least room in which it still fits. Which rooms there are is kept as the bits of a
-    number, so that finding the least one is a shift.
+    Each item goes to the row with the least room left in which it still fits, or begins a new row. Returns the rows, as
+    lists of indices into lengths:  pack([3, 5, 2, 4], 8) → [[1, 0], [3, 2]]
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room left → rows
-    rooms = 0  # bit r is set where by_room[r] is not empty
+    by_room: dict[int, list[int]] = {}  # room left → rows with that much room
+    rooms: list[int] = []  # the keys of by_room, ascending
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = rooms >> lengths[i]
-        if fitting:
-            left = lengths[i] + (fitting & -fitting).bit_length() - 1
+        at = bisect_left(rooms, lengths[i])
+        if at < len(rooms):
+            left = rooms[at]
             row = by_room[left].pop()
             if not by_room[left]:
-                rooms ^= 1 << left
+                del by_room[left], rooms[at]
         else:
             left, row = room, len(rows)
             rows.append([])
         rows[row].append(i)
         left -= lengths[i]
-        by_room.setdefault(left, []).append(row)
-        rooms |= 1 << left
+        if left not in by_room:
+            by_room[left] = []
+            insort(rooms, left)
+        by_room[left].append(row)
     return rows
 
 
 class Rows:
-    """The training and validation batches of examples, packed or padded.
+    """The training and validation batches of examples, packed or padded; a batch is keyword arguments of GPT.forward.
 
-    rows: which examples share a row (packing), or one each. A batch is keyword arguments of GPT.forward.
+    rows: lists of indices into examples, of those that share a row; without packing, one each.
+    train_on_prompt: count all tokens in the loss, not only the assistants'.
     """
 
     def __init__(self, examples: list[Example], block_size: int, packing: bool, train_on_prompt: bool = False):
-        self.examples, self.block_size, self.packing, self.all = examples, block_size, packing, train_on_prompt
+        self.examples, self.block_size, self.packing = examples, block_size, packing
+        self.train_on_prompt = train_on_prompt
         lengths = [len(example.tokens) - 1 for example in examples]  # the last token is a target only
         if packing:
             self.rows = pack(lengths, block_size)
-        else:  # neighbours are of like length
+        else:  # sorted, so that the rows of a batch have similar lengths
             self.rows = [[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
 
     def batch(self, step: int, seed: int, batch_size: int, rows: slice) -> dict[str, Tensor]:
-        """The rows of the step's batch of batch_size; a pure function of its arguments.
+        """The slice `rows` of the step's batch of batch_size rows; a pure function of its arguments.
 
-        Packed rows are drawn one by one; of padded ones a whole batch of neighbours is, so that little is padding.
+        Packed rows are drawn one by one. Padded rows are drawn as whole batches of neighbours, which have similar
+        lengths, so that little is padding.
         """
         wanted = range(step * batch_size, (step + 1) * batch_size)[rows]
         if self.packing:
@@ -127,34 +136,36 @@ class Rows:
     def all_batches(self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int = 0) -> Iterator[dict]:
         """Every row once, for evaluation, or at most `limit` batches; each process gets every world_size-th batch.
 
-        All packed batches have one shape, so that a compiled model is compiled once: rows without any counted target
-        fill up the last one.
+        All batches have the same number of rows, so that a compiled model is compiled once for it: empty rows, in which
+        no target is counted, fill up the last batch.
         """
         starts = list(range(0, len(self.rows), batch_size))
         if limit:
             starts = [starts[i] for i in evenly(limit, len(starts))]
         B = min(batch_size, len(self.rows))
         for start in starts[rank::world_size]:
-            rows = self.rows[start : start + batch_size]
-            filling = [[]] * (B - len(rows)) if self.packing else []
-            yield self.collate([*rows, *filling])
+            rows = self.rows[start : start + B]
+            yield self.collate(rows + [[]] * (B - len(rows)))
 
     def collate(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        """idx and targets (B, T), counted where the assistant speaks; for packed rows positions and documents too."""
+        """Make a batch of rows: idx and targets (B, T), and for packed rows positions and documents (B, T).
+
+        Only tokens of the assistants are counted targets, unless train_on_prompt is set. An empty row has none.
+        """
         longest = max(len(self.examples[i].tokens) - 1 for row in rows for i in row)
         T = self.block_size if self.packing else min(self.block_size, -(-longest // MULTIPLE) * MULTIPLE)
         shape = (len(rows), T)
         idx, targets, positions = np.zeros(shape, int), np.full(shape, IGNORED), np.zeros(shape, int)
-        documents = np.full(shape, -1)  # the rest of a row is a document of its own
+        documents = np.full(shape, -1)  # the unused rest of a row is a document of its own
         for b, row in enumerate(rows):
             start = 0
             for number, i in enumerate(row):
                 tokens, mask = self.examples[i].tokens, self.examples[i].mask
                 part = slice(start, start + len(tokens) - 1)
                 idx[b, part], positions[b, part], documents[b, part] = tokens[:-1], np.arange(len(tokens) - 1), number
-                targets[b, part] = tokens[1:] if self.all else np.where(mask[1:], tokens[1:], IGNORED)
+                targets[b, part] = tokens[1:] if self.train_on_prompt else np.where(mask[1:], tokens[1:], IGNORED)
                 start = part.stop
         arrays = {"idx": idx, "targets": targets}
-        if self.packing:  # padding on the right needs no mask: what comes before never sees it
+        if self.packing:  # padded rows need no mask: a causal model's real tokens never see padding on the right
             arrays |= {"positions": positions, "documents": documents}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -16,21 +16,19 @@ VOCABULARY = 29  # of the test corpus; no other size of the tests' models is equ
 
 
 class Graphs(list):
-    """The graphs of a compiled model: [(shapes of the int64 inputs, whether a symbolic size is among the inputs)].
+    """The graphs that were compiled: for each, the shapes of its int64 inputs, in which a symbolic size is a SymInt.
 
+    symbolic: whether any graph has a symbolic size among its inputs (PyTorch lists a shape's sizes there too).
     tangents: the shapes of the gradients that backward graphs are given.
     """
 
     def __init__(self):
         super().__init__()
-        self.tangents = []
+        self.tangents, self.symbolic = [], False
 
     def forward(self, graph, inputs):
-        integers = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64]
-        symbolic = any(isinstance(x, torch.SymInt) for x in inputs) or any(
-            isinstance(n, torch.SymInt) for x in inputs if isinstance(x, torch.Tensor) for n in x.shape
-        )
-        self.append((integers, symbolic))
+        self.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64])
+        self.symbolic |= any(isinstance(x, torch.SymInt) for x in inputs)
         return aot_autograd(
             fw_compiler=lambda g, _: make_boxed_func(g.forward),
             bw_compiler=self.backward,
@@ -55,27 +53,50 @@ def graphs(monkeypatch):
 
 
 COMPILED = ["--compile=True", "--sample_interval=4", "--max_iters=8"]  # evaluated and shown at 0, 4 and 8
+TUNED = ["--eval_interval=4", "--eval_questions=2", "--eval_tokens=4"]
+
+
+def sizes(graphs):
+    """All sizes of the batches that the graphs were compiled for."""
+    return {n for shapes in graphs for shape in shapes for n in shape}
 
 
 def check(graphs):
-    assert len(graphs) == 2 and not any(symbolic for _, symbolic in graphs), graphs
+    """One graph to evaluate and one to train, of fixed shapes, and no gradient of the logits' size."""
+    assert len(graphs) == 2 and not graphs.symbolic and all(type(n) is int for n in sizes(graphs)), list(graphs)
     assert graphs.tangents and not any(VOCABULARY <= n <= VOCABULARY + 4 for shape in graphs.tangents for n in shape)
 
 
 def test_pretraining_compiles_two_graphs_of_fixed_shape_and_no_gradient_of_the_logits(pretrain, graphs):  # noqa: F811
     pretrain("a", *COMPILED, "--batch_size=7")
     check(graphs)
-    assert {shape for shapes, _ in graphs for shape in shapes} == {(7, 48)}
+    assert {shape for shapes in graphs for shape in shapes} == {(7, 48)}
 
 
 @pytest.mark.parametrize("more", [[], ["--lora_rank=2"], ["--lora_rank=2", "--dropout=0.1"]], ids=str)
 def test_packed_fine_tuning_compiles_two_graphs_of_fixed_shape(pretrain, tune, graphs, more):  # noqa: F811
     pretrain("base")
-    tune("a", "base", *COMPILED, "--eval_interval=4", "--eval_questions=2", "--eval_tokens=4", *more)
+    tune("a", "base", *COMPILED, *TUNED, *more)
     check(graphs)
 
 
-def test_padded_fine_tuning_may_compile_more_graphs_but_a_bounded_number(pretrain, tune, graphs):  # noqa: F811
+def test_validation_of_fewer_rows_than_a_batch_makes_no_size_symbolic(pretrain, tune, graphs):  # noqa: F811
     pretrain("base")
-    tune("a", "base", *COMPILED, "--eval_interval=4", "--eval_questions=2", "--eval_tokens=4", "--packing=False")
-    assert 2 <= len(graphs) <= 8
+    tune("a", "base", *COMPILED, *TUNED, "--batch_size=11")  # validation has 12 conversations, in fewer rows
+    check(graphs)
+    assert {shape[0] for shapes in graphs for shape in shapes} > {11}
+
+
+def test_padded_fine_tuning_compiles_few_graphs_in_which_the_length_alone_is_symbolic(pretrain, tune, graphs):  # noqa: F811
+    pretrain("base")
+    tune("a", "base", *COMPILED, *TUNED, "--packing=False", "--batch_size=5")  # the last validation batch lacks rows
+    assert 2 <= len(graphs) <= 4
+    assert {shape[0] for shapes in graphs for shape in shapes if len(shape) == 2} == {5}
+
+
+def test_logits_that_are_returned_would_cost_a_gradient_of_their_size(tiny_gpt, graphs):
+    """The guard against them can see them: in evaluation mode they are returned, with or without need."""
+    model = torch.compile(tiny_gpt(vocab_size=VOCABULARY).eval())
+    idx = torch.randint(VOCABULARY, (2, 9))
+    model(idx, idx)[1].backward()
+    assert (2, 9, VOCABULARY) in graphs.tangents

@@ -131,6 +131,26 @@ def test_an_epoch_shows_every_conversation(packing):
     assert len(list(rows.all_batches(4, limit=2))) == 2
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("count", [3, 50])  # less than a batch, and a last batch that is not full
+def test_all_validation_batches_have_one_number_of_rows_and_packed_ones_one_shape(packing, count):
+    rows = Rows(examples(count), T, packing)
+    shapes = [{name: tuple(x.shape) for name, x in batch.items()} for batch in rows.all_batches(7)]
+    assert len(rows.rows) % 7 and {shape["idx"][0] for shape in shapes} == {min(7, len(rows.rows))}
+    assert all(len(set(shape.values())) == 1 for shape in shapes)
+    assert not packing or {shape["idx"][1] for shape in shapes} == {T}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@torch.no_grad()
+def test_empty_rows_change_no_loss(tiny_gpt, packing):
+    model, rows = tiny_gpt(), Rows(examples(), T, packing)
+    plain, filled = rows.collate(rows.rows[:2]), rows.collate(rows.rows[:2] + [[]] * 3)
+    assert len(filled["idx"]) == 5 and (filled["targets"][2:] == IGNORE).all()
+    losses = [model(**batch, target_count=1)[1] for batch in (plain, filled)]
+    assert losses[0] > 0 and torch.equal(*losses)
+
+
 def test_padded_batches_are_of_like_length():
     lengths = np.random.default_rng(0).integers(2, 65, 200)
     found = [Example(np.ones(n, int), np.arange(n) > 0) for n in lengths]
