@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Literal
 
@@ -31,6 +32,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from decoding import fast
 
 T, CPU = Tensor, torch.device("cpu")
 # Operations by name. The host needs the result of these, and waits until the device has computed it:
@@ -295,5 +298,7 @@ def emulated(kind: Literal["cuda", "mps"] = "cuda", count: int = 1) -> Iterator[
         patch.setattr(torch, "autocast", lambda _, dtype=None, real=torch.autocast, **more: real("cpu", dtype, **more))
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", gpu.group)
         patch.setattr(torch.nn.Module, "_apply", lambda *args, **options: gpu.module_apply(*args, **options))
+        # Streams are kept for the life of the process: those of the emulated GPU must not reach a real one.
+        patch.setattr(fast, "recording_stream", lru_cache(fast.recording_stream.__wrapped__))
         with gpu:
             yield gpu

@@ -10,6 +10,7 @@ from decoding.cache import KVCache
 from decoding.fast import Int8Linear, PackedLinear, SplitLinear, next_step, speed_up
 from decoding.stream import generate
 from model import GPT, GPTConfig, Head
+from tests.fake_cuda import emulated
 from tests.helpers import assert_close, tokens
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
@@ -103,6 +104,14 @@ def test_steps_of_fixed_shape_equal_plain_steps_compiled_as_one_graph_without_re
             step(idx[:, :1])
             fixed.forget_last()
     assert len(graphs) == 1
+
+
+def test_all_recordings_on_a_device_share_one_stream(tiny_gpt):
+    with emulated("cuda") as gpu, pytest.MonkeyPatch.context() as patch:
+        made, stream = [], torch.cuda.Stream
+        patch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream(device))
+        generate(tiny_gpt(block_size=32).float().to("cuda"), [[1, 2, 3]], 80, temperature=0)
+    assert len(gpu.graphs) > 2 and made == [torch.device("cuda", 0)]
 
 
 @pytest.mark.cuda

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from tests.fake_cuda import emulated
 from training.config import TrainConfig
 from training.optim import Muon, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
 
@@ -60,6 +61,18 @@ def test_orthogonalize_does_not_see_how_long_the_gradient_is():
 def test_orthogonalize_treats_a_batch_of_matrices_one_by_one():
     G = random(3, 8, 16) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
     assert_close(orthogonalize(G), torch.cat([orthogonalize(g[None]) for g in G]))
+
+
+@pytest.mark.parametrize("capability, has_bfloat16", [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
+def test_orthogonalize_takes_bfloat16_only_on_a_gpu_that_does_not_emulate_it(capability, has_bfloat16):
+    G = random(2, 8, 16).float()
+    on_cpu = orthogonalize(G)
+    with emulated("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        on_gpu = orthogonalize(G.to("cuda")).cpu()
+    assert on_gpu.dtype == on_cpu.dtype == torch.float32
+    assert torch.equal(on_gpu, on_cpu) != has_bfloat16
+    assert_close(on_gpu, on_cpu, 0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
