@@ -1,10 +1,11 @@
 """Beam search: of all continuations, follow the W most likely ones side by side.
 
 Notable: a prompt and all its beams share one row of the cache. Each step adds W slots to the row, one per beam, and
-`visible` says which slots are a beam's own past. To drop one beam and go on twice with another is to copy a row of
-booleans, no key or value, and the prompt's are there once. (When a prompt of the batch is done, the others' cache is
-copied to be rid of it; when the context is full, what each beam still sees is read again.)
-The rules are those of transformers' generate(num_beams=W, early_stopping="never"): nothing is stopped that could win.
+`visible` says which slots are a beam's own past. Dropping one beam and continuing another twice therefore copies a row
+of booleans and no keys or values, and the prompt's keys and values exist once. (When the search of one prompt is done,
+the cache is copied without its row. When the context is full, each beam's newer half is read again.)
+The rules are those of transformers' generate(num_beams=W, early_stopping="never"): no search ends while an open beam
+could still win.
 """
 
 import math
@@ -25,7 +26,7 @@ class Hypothesis:
     """A continuation: its tokens, the closing eos_id included, and their log-probabilities, which sum to `logprob`."""
 
     tokens: list[int]
-    score: float  # logprob / len(tokens)^length_penalty; what hypotheses are compared by
+    score: float  # logprob / len(tokens)^length_penalty, by which hypotheses are compared
     logprob: float
     logprobs: list[float]
 
@@ -40,10 +41,11 @@ class Search:
         self.done = False
 
     def step(self, candidates: list[tuple[float, int, int]]) -> list[int]:
-        """Take the 2W best (log-probability, parent beam, token); returns each new beam's parent, W of them.
+        """Extend the beams by the 2W best candidates (log-probability, parent beam, token), the best one first.
 
-        2W, as up to W may end with eos_id, and W are to go on. One that ends counts only if it is among the first W:
-        a wider search would not have cut it off in favour of a longer one.
+        2W are enough for W new open beams, since at most one candidate per parent, hence W in all, ends with eos_id.
+        A candidate that ends is kept only if it is among the first W, as in transformers. Returns the parents of the W
+        open beams.
         """
         beams, parents = [], []
         for rank, (logprob, parent, token) in enumerate(candidates):
@@ -66,10 +68,13 @@ class Search:
         return (parents + [0] * self.W)[: self.W]
 
     def decided(self) -> bool:
-        """Can no open beam win any more? Log-probabilities only fall, so the best one's bounds all their scores."""
+        """Whether no open beam can win any more.
+
+        A log-probability only falls as its beam grows, so the best open beam's bounds the scores of all.
+        """
         if len(self.finished) < self.W:
             return False
-        # One beam is greedy search: the likeliest token was the end, and there is nothing to compare it with.
+        # W = 1 is greedy search, which ends when the likeliest token is eos_id.
         length = self.longest if self.alpha > 0 else len(self.open[0].tokens)
         return self.W == 1 or self.open[0].logprob / length**self.alpha <= self.finished[-1].score
 
@@ -79,12 +84,12 @@ def beam_search(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, *, num_beams: int = 4, length_penalty: float = 1.0,
     eos_id: int | None = None, num_return: int = 1, vocab_size: int | None = None,
 ) -> list[list[Hypothesis]]:  # fmt: skip
-    """The num_return best continuations of each prompt, or all there are, best first, of at most max_new_tokens.
+    """Find the num_return best continuations of each prompt, or all there are, of at most max_new_tokens; best first.
 
     prompts: token lists of any lengths of at least 1. Hypotheses are compared by log-probability / length^α, with
-    α = length_penalty [after Wu et al. 2016, section 7]: 0 takes the likeliest, which favours short ones, 1 the mean.
+    α = length_penalty [after Wu et al. 2016, section 7]: 0 favours short texts, 1 compares the means per token.
     A search ends when no open beam can still win. num_beams=1 is greedy search.
-    vocab_size: the tokenizer's, where the model's is rounded up. ValueError: num_return above num_beams.
+    vocab_size: the tokenizer's, where the model's is rounded up. Raises ValueError for num_return above num_beams.
     """
     check_prompts(prompts, model.config.vocab_size)
     if num_beams < 1:
@@ -96,14 +101,14 @@ def beam_search(
     live, starts = searches, []
 
     def room() -> int:
-        """Slots that the beams need from here to the next reading."""
+        """Cache slots that the beams need from here until the context is read again."""
         longest = max(len(s.prompt) + step - start for s, start in zip(live, starts, strict=True))
         return W * min(max_new_tokens - 1 - step, block_size - longest)
 
     for step in range(max_new_tokens if prompts else 0):
         lengths = [len(search.prompt) + step for search in live]
         now = [context_start(n, block_size) for n in lengths]
-        if now != starts:  # at first, and whenever a context is full: read what each beam still sees
+        if now != starts:  # at the first step, and whenever a context is full: read what each beam sees
             starts = now
             logits, cache, visible = read_beams(model, live, starts, room())
         else:
@@ -120,7 +125,7 @@ def beam_search(
         if not going:
             break
         visible = visible[torch.arange(len(live))[:, None], parents]
-        if len(going) < len(live):  # the others need no longer wait for those that are done
+        if len(going) < len(live):  # drop the rows of the searches that are done
             live, starts, visible = [live[b] for b in going], [starts[b] for b in going], visible[going]
             cache = cache.regroup(torch.tensor(going, device=visible.device)[:, None], room())
             visible = F.pad(visible[:, :, : cache.used], (0, room()))
@@ -128,9 +133,9 @@ def beam_search(
 
 
 def read_beams(model: GPT, searches: list[Search], starts: list[int], room: int) -> tuple[Tensor, KVCache, Tensor]:
-    """Read all that every beam sees: logits (B, W, V), a cache with room for more, and visible (B, W, slots).
+    """Read all that every beam sees: returns logits (B, W, V), the cache, and visible (B, W, slots).
 
-    At the first step there is one beam, and W is 1.
+    room: empty slots to add to the cache. At the first step a search has one open beam, and W is 1.
     """
     windows = [
         (search.prompt + beam.tokens)[start:]
@@ -139,13 +144,17 @@ def read_beams(model: GPT, searches: list[Search], starts: list[int], room: int)
     ]
     B, n = len(searches), len(searches[0].open)
     logits, cache = read(model, windows, room, side_by_side=n)
-    own = torch.arange(cache.k.size(3), device=logits.device) // (cache.used // n)  # whose window a slot is of
+    own = torch.arange(cache.k.size(3), device=logits.device) // (cache.used // n)  # the beam that a slot belongs to
     visible = (own == torch.arange(n, device=logits.device)[:, None]) & (cache.positions != NOWHERE)[:, None]
     return logits.view(B, n, -1), cache, visible
 
 
 def step_beams(model: GPT, searches: list[Search], last: list[int], cache: KVCache, visible: Tensor) -> Tensor:
-    """Feed every beam its last token, which stands at last[b], and make it visible to it: logits (B, W, V)."""
+    """Read the last token of every beam: returns logits (B, W, V).
+
+    last: the position of the last token of each search's beams. visible (B, W, slots) is updated in place: each beam
+    sees its new token.
+    """
     W, device = searches[0].W, visible.device
     idx = torch.tensor([[beam.tokens[-1] for beam in search.open] for search in searches], device=device)
     positions = torch.tensor(last, device=device)[:, None].expand(-1, W)

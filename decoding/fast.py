@@ -1,8 +1,8 @@
-"""The same model, faster at decoding: weights laid out for few rows, weights as bytes, a step as a CUDA graph.
+"""Faster decoding of the same model: weights laid out for few rows, weights as bytes, a step as a CUDA graph.
 
-All of it is applied from outside to a model that knows nothing of it, and only for decoding: such a model can neither
-be trained nor saved. Each but int8 is proven equal to the plain model in tests/test_fast.py; what int8 loses,
-`sample.py --score=FILE --quantize=int8` tells.
+All of it is applied to a model from outside, and only for decoding: such a model can neither be trained nor saved.
+tests/test_fast.py proves that each of these equals the plain model, except int8, which rounds the weights:
+`sample.py --score=FILE --quantize=int8` measures how much that costs.
 """
 
 import math
@@ -17,15 +17,15 @@ from decoding.cache import KVCache
 from decoding.kernels import read_tokens
 from model import GPT, Head
 
-WORTH_RECORDING = 8  # steps from which a CUDA graph saves more time than its recording takes
-ROWS = 16  # rows that packed weights are laid out for; it serves 1 as well, and thousands
+WORTH_RECORDING = 8  # fewest steps in which a CUDA graph saves more time than its recording takes
+ROWS = 16  # number of rows that packed weights are laid out for; the layout serves any other number too
 
 
 class SplitLinear(nn.Module):
     """A linear layer for one row: each of n cores multiplies its own part of x with its own part of the weight.
 
-    On a CPU, decoding takes as long as reading the weights does. Here each core reads one contiguous block from its
-    beginning to its end, at the full speed of memory; the usual kernels reach half of it.
+    On a CPU, decoding one row takes as long as reading the weights. Here each core reads one contiguous block, at the
+    full speed of memory; the usual kernels reach half of it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -60,7 +60,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.scale = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
-        self.pad = (0, -weight.size(1) % 16)  # the kernel reads 16 columns at once, real or not
+        self.pad = (0, -weight.size(1) % 16)  # zeros: the kernel reads 16 columns at once
         self.q, self.bias = F.pad((weight.detach() / self.scale[:, None]).round(), self.pad).to(torch.int8), bias
         self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
 
@@ -68,15 +68,16 @@ class Int8Linear(nn.Module):
         rows = F.pad(x.flatten(0, -2), self.pad)
         if len(rows) <= ROWS:  # the kernel takes activations in bfloat16
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
-        else:  # a prompt, rounded alike: its arithmetic takes longer than to unpack the weights once
+        else:  # a prompt, with the same rounding: many rows are faster with the weights unpacked to float32 once
             y = F.linear(rows.bfloat16().float(), self.q.float()).bfloat16().float() * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
 def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
-    """Replace the model's linear layers by faster ones, where there are such (on a CPU, in float32); returns the model.
+    """Replace the model's linear layers by faster ones if it is on a CPU in float32; returns the model.
 
-    rows: how many texts or beams are decoded at once. quantize: "none", or "int8". The layers serve any number of rows.
+    rows: how many texts or beams are decoded at once, for which the layers are laid out; they serve any number.
+    quantize: "none" or "int8". Raises ValueError for int8 and a model elsewhere.
     """
     if quantize == "int8":
         check_int8(model)
@@ -92,19 +93,19 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
 
 
 def on_cpu(model: GPT) -> bool:
-    """Is it on a CPU, in float32?"""
+    """Whether the model is on a CPU, in float32."""
     return model.tok_emb.weight.device.type == "cpu" and model.tok_emb.weight.dtype == torch.float32
 
 
 def check_int8(model: GPT) -> None:
-    """ValueError for a model that cannot be decoded in bytes."""
+    """Raise ValueError if the model cannot be quantized to int8: it must be on a CPU, in float32."""
     if not on_cpu(model):
         weight = model.tok_emb.weight
         raise ValueError(f"--quantize=int8 is for a CPU in float32, not {weight.device.type} in {weight.dtype}")
 
 
 def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """A function from one token per row (B, 1) to logits (B, 1, V), which adds the tokens to the cache."""
+    """Return a function that reads one token per row, (B, 1), adds it to the cache, and returns logits (B, 1, V)."""
     room = cache.k.size(3) - cache.used
     if cache.k.device.type == "cuda" and room >= WORTH_RECORDING:
         return GraphedStep(model, cache)
@@ -113,7 +114,7 @@ def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
 
 @lru_cache
 def recording_stream(device: torch.device):
-    """The stream on which a device's graphs are recorded. One for all: each has a cuBLAS workspace of its own."""
+    """The stream on which all graphs of a device are recorded; each further one would get its own cuBLAS workspace."""
     return torch.cuda.Stream(device)
 
 
@@ -124,7 +125,8 @@ class GraphedStep:
     """
 
     def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.cache, self.device = model, cache, cache.k.device  # the graph knows addresses: they must stay
+        # The graph reads and writes fixed addresses, so the model and the cache must live as long as it does.
+        self.model, self.cache, self.device = model, cache, cache.k.device
         cache.freeze()
         self.idx = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=self.device)
         with torch.cuda.device(self.device):

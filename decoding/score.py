@@ -13,12 +13,16 @@ SCORE_BATCH = 8  # windows of a text that are read at once
 
 @torch.inference_mode()
 def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None, progress: bool = False) -> Tensor:
-    """log p of each token but the first, (n - 1,), given what generation would see of those before it."""
+    """The log-probability of each token but the first, (n - 1,), given what generation would see of those before it.
+
+    vocab_size: the tokenizer's, where the model's is rounded up. progress: show a bar.
+    Raises ValueError for a model with causal=False.
+    """
     if not model.config.causal:
         raise ValueError("causal=False: a model that sees its future gives no probabilities of a text")
     check_prompts([tokens], model.config.vocab_size)
     block_size, device = model.config.block_size, model.tok_emb.weight.device
-    windows, start, done = [], 0, 1  # `done` tokens have their probability
+    windows, start, done = [], 0, 1  # done: how many tokens have their probability already
     while done < len(tokens):
         end = min(start + block_size, len(tokens) - 1)  # the last token is predicted, never read
         windows.append((start, done, end))

@@ -1,9 +1,9 @@
 """From a model to tokens, one at a time: greedy, or drawn at random with temperature, top-k, top-p and min-p.
 
-Notable: a prompt is read once, and every further token costs one step through the KV cache; prompts of different
-lengths share a batch, equal ones their reading; row i's random numbers come from seed + i alone, so that its text does
-not depend on what else is in the batch. When the context is full, its older half is dropped and the newer half read
-again (`context_start`). Beam search is in `beam.py`.
+Notable: a prompt is read once, and every further token costs one step through the KV cache. Prompts of different
+lengths share a batch, and equal prompts are read once. Row i's random numbers come from seed + i alone, so its text
+does not depend on what else is in the batch. When the context is full, its older half is dropped and the newer half is
+read again (`context_start`). Beam search is in `beam.py`.
 """
 
 import math
@@ -20,7 +20,7 @@ from decoding.kernels import read_tokens
 from model import GPT
 from text.tokenizer import Tokenizer
 
-DRAWN = 1024  # random numbers drawn at once per row
+DRAWN = 1024  # random numbers that are drawn at once for each row
 
 
 class Token(NamedTuple):
@@ -33,7 +33,8 @@ class Token(NamedTuple):
 def context_start(n: int, block_size: int) -> int:
     """Index of the first of n tokens that the model still sees.
 
-    0 until they fill the context; from then on, a whole half of it at a time: the cache survives until the next jump.
+    0 until the tokens fill the context. Then half a context is dropped at once, so that the cache can be used until the
+    next drop:  context_start(8, 8) → 0;  context_start(9, 8) = … = context_start(12, 8) → 4;  context_start(13, 8) → 8
     """
     half = max(1, block_size // 2)
     return -(-max(0, n - block_size) // half) * half
@@ -47,16 +48,17 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def choose(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """One token per row, (B,), from logits (B, V) and one number in [0, 1) per row, (B,).
+    """Choose one token per row, (B,), by logits (B, V) and one number in [0, 1) per row, uniform (B,).
 
     Drawn by inverting the cumulative distribution of softmax(logits / temperature), after keeping the top_k most likely
     tokens; of these, the fewest whose renormalised probabilities reach top_p [Holtzman et al. 2020, section 3.1]; and
-    those at least min_p times as likely as the likeliest [Nguyen et al. 2024, section 3].
+    of these, the ones at least min_p times as likely as the likeliest [Nguyen et al. 2024, section 3]. Temperature 0
+    chooses the most likely token.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # however low the temperature, 0 stays 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0, however low it is
     order = None
     if 0 < top_k < logits.size(-1):
         logits, order = logits.topk(top_k)
@@ -65,7 +67,7 @@ def choose(
     probs = logits.softmax(-1)
     keep = probs >= min_p * probs.amax(-1, keepdim=True)
     if top_p < 1:
-        keep &= probs.cumsum(-1) - probs < top_p  # what the tokens before this one reach without it
+        keep &= probs.cumsum(-1) - probs < top_p  # the sum of the likelier tokens' probabilities
     cumulative = probs.masked_fill(~keep, 0).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     drawn = drawn.clamp(max=probs.size(-1) - 1)
@@ -73,9 +75,10 @@ def choose(
 
 
 def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1) -> tuple[Tensor, KVCache]:
-    """Read each window, equal ones once: the logits (B, V) after it, and the cache, with room for more tokens.
+    """Read windows of tokens, equal ones once: returns the logits (B, V) after each, and a cache of them.
 
-    side_by_side: so many windows in turn become one row of the cache (see KVCache.regroup).
+    room: empty slots to add to the cache. side_by_side: how many consecutive windows share a row of the cache, which
+    then has B / side_by_side rows (see KVCache.regroup).
     """
     weight, number = model.tok_emb.weight, {}
     rows = [number.setdefault(tuple(window), len(number)) for window in windows]
@@ -101,7 +104,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
-    """ValueError for a prompt without tokens, or with one that the model does not know."""
+    """Raise ValueError for a prompt without tokens, or with a token outside the model's vocabulary."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"a prompt must have at least one token, and prompt {i} has none")
@@ -111,7 +114,7 @@ def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
 
 
 def check_finite(number: float) -> None:
-    """ValueError if a sum of log-probabilities is NaN: no token can be chosen by such a model."""
+    """Raise ValueError if a sum of log-probabilities is NaN, as nothing can be chosen by such a model."""
     if math.isnan(number):
         raise ValueError("the model's output is not a number: its weights are broken; use another checkpoint")
 
@@ -124,9 +127,9 @@ def stream(
 ) -> Iterator[list[Token | None]]:  # fmt: skip
     """Yield each row's next token, step after step; None for a row that has ended.
 
-    prompts: token lists of any lengths of at least 1. Row i draws from the stream of seed + i, whatever the batch.
-    repetition_penalty: see `penalize`; it is for the tokens of the whole row, prompt included.
-    A row ends with eos_id, or with a token for which ends(row, token) is true; it is asked once for each new one.
+    prompts: token lists of any lengths of at least 1. Row i draws its random numbers from seed + i, whatever the batch.
+    temperature, top_k, top_p, min_p: see `choose`. repetition_penalty: see `penalize`; the prompt's tokens count too.
+    A row ends with eos_id, or with a token for which ends(row, token), called once for each new token, is true.
     vocab_size: the tokenizer's, where the model's is rounded up; ids from there on are never drawn.
     """
     check_prompts(prompts, model.config.vocab_size)
@@ -144,10 +147,10 @@ def stream(
         if step % DRAWN == 0:
             uniforms = torch.from_numpy(np.stack([draw.random(DRAWN) for draw in draws])).to(drawing)  # (B, DRAWN)
         now = [context_start(len(row), block_size) for row in rows]
-        if now != starts:  # at first, and whenever a context is full: read what each row still sees
+        if now != starts:  # at the first step, and whenever a context is full: read what each row sees
             starts, windows = now, [row[start:] for row, start in zip(rows, now, strict=True)]
             room = min(max_new_tokens - 1 - step, block_size - max(map(len, windows)))
-            step_model = cache = None  # before new memory is asked for
+            step_model = cache = None  # free their memory before more is allocated
             logits, cache = read(model, windows, room)
         else:
             step_model = step_model or next_step(model, cache)

@@ -1,9 +1,9 @@
 """Muon for the hidden matrices, AdamW for everything else, and the learning-rate schedules.
 
 Notable:
-- a matrix is a matrix: queries, keys, values, gate and up are orthogonalised one by one even where the model stacks
-  them in one weight;
-- matrices of one shape, across all layers, go through Newton-Schulz as one batch;
+- the matrices of queries, keys, values, gate and up are orthogonalised one by one, even where the model stacks them in
+  one weight;
+- matrices of one shape, from all layers, go through Newton-Schulz as one batch;
 - Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
 """
 
@@ -18,11 +18,11 @@ from model import GPT
 
 
 def learning_rate_at(step: int, config) -> float:
-    """The learning rate of update `step` (counted from 0), by config.lr_schedule.
+    """The learning rate of step `step` (counted from 0), by config.lr_schedule.
 
     cosine: linear warmup, then half a cosine from learning_rate to min_lr [Loshchilov & Hutter 2017, eq. 5].
     wsd: warmup, stable, then a straight line to min_lr over the last decay_fraction of the run [Hu et al. 2024].
-    constant: warmup, then stable.
+    constant: warmup, then learning_rate.
     """
     peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_iters
     if step < warmup:
@@ -30,14 +30,14 @@ def learning_rate_at(step: int, config) -> float:
     if config.lr_schedule == "constant":
         return peak
     decay = config.max_iters - warmup if config.lr_schedule == "cosine" else config.decay_fraction * config.max_iters
-    done = 1 - min(1.0, max(0.0, config.max_iters - step) / max(1.0, decay))  # share of the decay behind us
+    done = 1 - min(1.0, max(0.0, config.max_iters - step) / max(1.0, decay))  # share of the decay that is over
     return floor + (peak - floor) * (
         0.5 * (1 + math.cos(math.pi * done)) if config.lr_schedule == "cosine" else 1 - done
     )
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """Each matrix UΣVᵀ of G (..., r, c), r <= c, becomes nearly UVᵀ: all singular values between about 0.7 and 1.2.
+    """Bring each matrix UΣVᵀ of G (..., r, c), r <= c, close to UVᵀ, with all singular values from about 0.7 to 1.2.
 
     A quintic Newton-Schulz iteration, X ← aX + (bA + cA²)X with A = XXᵀ: products only, no decomposition.
     [Jordan et al. 2024, Muon: an optimizer for hidden layers]
@@ -53,10 +53,11 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every direction of a weight matrix moves by the same amount.
+    """Orthogonalised momentum: every direction of a weight matrix moves by about the same amount.
 
-    params: 2-d weights; rows: for each, the numbers of rows of the matrices stacked in it. The update of an (r, c)
-    matrix is scaled by 0.2·√max(r, c), which gives it the root mean square of AdamW's [Liu et al. 2025, section 2.2].
+    params: 2-d weights. rows: for each of them, the numbers of rows of the matrices stacked in it. The update of an
+    (r, c) matrix is scaled by 0.2·√max(r, c), which gives it the root mean square of AdamW's [Liu et al. 2025, section
+    2.2].
     """
 
     def __init__(self, params: list[nn.Parameter], rows: list[list[int]], lr: float, momentum=0.95, weight_decay=0.0):
@@ -94,10 +95,10 @@ def stacked_rows(model: GPT) -> dict[str, list[int]]:
 
 
 def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
-    """The optimizers that together own every weight that trains: [Muon, AdamW], or [AdamW] for optimizer='adamw'.
+    """Make the optimizers of all weights that train: [Muon, AdamW], or [AdamW] for optimizer='adamw'.
 
-    Muon takes the 2-d weights inside the blocks. Weight decay applies to 2-d weights only: decaying a norm or a
-    bias would pull the function, not its complexity.
+    Muon takes the 2-d weights inside the blocks, AdamW all others. Weight decay applies to 2-d weights only: it is to
+    limit the size of matrices, and biases and norm weights, which are few, do not need that.
     """
     rows = stacked_rows(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
