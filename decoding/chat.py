@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from common.files import write_whole
@@ -180,12 +181,10 @@ def answer(model: TextModel, prompt: Prompt, stops: list[str], max_new_tokens: i
         show(text.add(token), end="")
         return text.stopped
 
-    try:
+    with suppress(KeyboardInterrupt):  # what was said so far is the answer
         for _ in stream(model.gpt, [prompt.tokens], max_new_tokens, **drawing, eos_id=model.eos_id,
                         vocab_size=model.tokenizer.vocab_size, ends=ends):  # fmt: skip
             length += 1
-    except KeyboardInterrupt:
-        pass  # what was said so far is the answer
     show(text.end())
     if model.template is not None and len(prompt.tokens) <= model.block_size < length - 1:
         note(f"note: message and answer have {length} tokens together, and the model sees {model.block_size} at most: "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.textfile import check_text
 from decoding.stream import prompt_tokens
 from model import GPT
 from text.chat import Message, Template
@@ -129,8 +130,10 @@ def check_fields(row: object, place: str) -> dict[str, Any]:
     for name in ("prompt", "system"):
         if not isinstance(row.get(name, ""), str):
             raise ValueError(f'{place}: "{name}" must be a string')
-        if any("\ud800" <= character <= "\udfff" for character in row.get(name, "")):
-            raise ValueError(f'{place}: "{name}" holds half a surrogate pair, which is no character')
+        try:
+            check_text(row.get(name, ""))
+        except ValueError:
+            raise ValueError(f'{place}: "{name}" holds half a surrogate pair, which is no character') from None
     for name in ANSWER_FIELDS:
         if name in row:
             raise ValueError(f'{place}: the answer has a field "{name}" of its own: rename this one')

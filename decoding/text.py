@@ -4,12 +4,10 @@ import codecs
 import json
 import sys
 
+from common.cli import visible
 from text.tokenizer import Tokenizer
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # after a backslash, in a stop string
-
-# A terminal obeys control characters: an escape sequence can clear the screen, or type for the user.
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Text:
@@ -76,13 +74,11 @@ def unescape(text: str) -> str:
     return "".join(pieces)
 
 
-def visible(text: str) -> str:
-    r"""The text with its control characters spelled out, as in \x1b; line breaks and tabs stay."""
-    return text.translate(CONTROLS)
-
-
 def show(text: str, end: str = "\n") -> None:
-    """Print text that a model wrote. A terminal gets it `visible`; a file or a pipe gets exactly what was written."""
+    """Print text that a model wrote. A terminal gets it `visible`; a file or a pipe gets exactly what was written.
+
+    A terminal obeys control characters: an escape sequence can clear the screen, or type for the user.
+    """
     print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 

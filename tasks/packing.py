@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from common.spread import evenly
+from model import IGNORE
 from text.chat import Message, Template
-from text.corpus import IGNORED, epoch_order
+from text.corpus import epoch_order
 
 # The length of a padded batch is a multiple of this, which suits the hardware. With fixed shapes, each of the
 # block_size / 16 lengths would be compiled twice, and torch.compile gives up after 8 graphs: the length is symbolic.
@@ -155,7 +156,7 @@ class Rows:
         longest = max(len(self.examples[i].tokens) - 1 for row in rows for i in row)
         T = self.block_size if self.packing else min(self.block_size, -(-longest // MULTIPLE) * MULTIPLE)
         shape = (len(rows), T)
-        idx, targets, positions = np.zeros(shape, int), np.full(shape, IGNORED), np.zeros(shape, int)
+        idx, targets, positions = np.zeros(shape, int), np.full(shape, IGNORE), np.zeros(shape, int)
         documents = np.full(shape, -1)  # the unused rest of a row is a document of its own
         for b, row in enumerate(rows):
             start = 0
@@ -163,7 +164,7 @@ class Rows:
                 tokens, mask = self.examples[i].tokens, self.examples[i].mask
                 part = slice(start, start + len(tokens) - 1)
                 idx[b, part], positions[b, part], documents[b, part] = tokens[:-1], np.arange(len(tokens) - 1), number
-                targets[b, part] = tokens[1:] if self.train_on_prompt else np.where(mask[1:], tokens[1:], IGNORED)
+                targets[b, part] = tokens[1:] if self.train_on_prompt else np.where(mask[1:], tokens[1:], IGNORE)
                 start = part.stop
         arrays = {"idx": idx, "targets": targets}
         if self.packing:  # padded rows need no mask: a causal model's real tokens never see padding on the right

@@ -5,10 +5,11 @@ import json
 import pytest
 
 import sample
+from common.cli import visible
 from decoding import beam, stream
 from decoding.prompt import read_questions, text_or_file
 from decoding.stream import prompt_tokens
-from decoding.text import Text, read_stops, visible
+from decoding.text import Text, read_stops
 from sample import SampleConfig, read_options
 from text.tokenizer import CharTokenizer, TiktokenTokenizer
 
@@ -84,7 +85,7 @@ def test_a_stop_string_may_hold_escapes_or_be_a_json_list():
 
 def test_control_characters_are_spelled_out_but_line_breaks_and_tabs():
     assert visible("a\tb\nGrüße, 世界 🙂") == "a\tb\nGrüße, 世界 🙂"
-    assert visible("\x1b[2J\r\x00\x7f\x9b1m") == r"\x1b[2J\x0d\x00\x7f\x9b1m"
+    assert visible("\x1b[2J\r\x00\x7f\x9b1m") == r"\x1b[2J\r\x00\x7f\x9b1m"
 
 
 def test_the_searches_are_exported():

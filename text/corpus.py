@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to import and much memory: the workers 
 SPLITS = ("train", "val")
 META = "meta.json"
 FORMAT = {"format": "plaingpt-corpus", "version": 1}
-IGNORED = -100  # the target that no loss counts
+IGNORE = -100  # the target that no loss counts: model.IGNORE, without importing torch
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Corpus:
             part = tokens[i * B * block_size : (i + 1) * B * block_size + 1]
             self._check_ids(split, part)
             idx = torch.zeros(B * block_size, dtype=torch.int64)
-            targets = torch.full_like(idx, IGNORED)
+            targets = torch.full_like(idx, IGNORE)
             idx[: len(part) - 1] = torch.from_numpy(part[:-1].astype(np.int64))
             targets[: len(part) - 1] = torch.from_numpy(part[1:].astype(np.int64))
             yield idx.view(B, block_size), targets.view(B, block_size)

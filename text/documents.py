@@ -23,7 +23,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.textfile import PACKED_SUFFIXES, byte_blocks, json_values, split_text, text_parts, text_size, utf8_size
+from common.textfile import (
+    PACKED_SUFFIXES,
+    byte_blocks,
+    check_text,
+    json_values,
+    split_text,
+    text_parts,
+    text_size,
+    utf8_size,
+)
 
 # A document is (split, text); `text` is a string, or string parts one after the other where it may not fit in memory.
 Document = tuple[str, str | Iterable[str]]
@@ -251,10 +260,9 @@ def _checked(text: object, what: str, place: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{place}: {what} must be a string, not {type(text).__name__}")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise ValueError(f"{place}: {what} holds {text[error.start]!r}, which is no character") from None
-    return text
+        return check_text(text)  # JSON can spell half a surrogate pair
+    except ValueError:
+        raise ValueError(f"{place}: {what} holds half a surrogate pair, which is no character") from None
 
 
 # --- from documents to splits ------------------------------------------------------------------------------------

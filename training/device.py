@@ -66,7 +66,12 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
         return dtype
     if device.type != "cuda":
         return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return "bfloat16" if has_bfloat16(device) else "float16"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA GPU computes in bfloat16 itself; those older than Ampere emulate it, slowly."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import GPT
+from training.device import has_bfloat16
 
 
 def learning_rate_at(step: int, config) -> float:
@@ -43,8 +44,7 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     [Jordan et al. 2024, Muon: an optimizer for hidden layers]
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    fast_bfloat16 = G.is_cuda and torch.cuda.get_device_capability(G.device) >= (8, 0)  # older GPUs emulate it
-    X = G.bfloat16() if fast_bfloat16 else G  # the iteration forgives rounding
+    X = G.bfloat16() if G.is_cuda and has_bfloat16(G.device) else G  # the iteration forgives rounding
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
