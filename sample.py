@@ -377,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, if_out_of_memory=OUT_OF_MEMORY)
+    cli.run_command(main, if_out_of_memory=OUT_OF_MEMORY)

@@ -31,7 +31,7 @@ DIRECTIONS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u20
 # Running a command
 
 
-def run(
+def run_command(
     main: Callable[[], None], *, if_out_of_memory: str = "give it less at once, or close other programs",
     outlives_readers: bool = False,
 ) -> None:  # fmt: skip

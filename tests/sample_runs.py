@@ -71,7 +71,7 @@ def sample(trained, capsys, monkeypatch):
         capsys.readouterr()
         code = 0
         try:
-            cli.run(sample_module.main)
+            cli.run_command(sample_module.main)
         except SystemExit as stopped:
             code = stopped.code
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())

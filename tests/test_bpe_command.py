@@ -35,7 +35,7 @@ def command(capfdbinary, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
         code = 0
         try:
-            cli.run(bpe.main)
+            cli.run_command(bpe.main)
         except SystemExit as stopped:
             code = stopped.code
         return subprocess.CompletedProcess(sys.argv, code, *capfdbinary.readouterr())

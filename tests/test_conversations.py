@@ -71,7 +71,7 @@ def prepare(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
         status = 0
         try:
-            cli.run(command.main)
+            cli.run_command(command.main)
         except SystemExit as stopped:
             status = stopped.code
         return (status, *capsys.readouterr())

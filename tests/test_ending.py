@@ -26,7 +26,7 @@ def end(capsys):
     def command(main, **options) -> tuple[int, str, str]:
         handler, code = signal.getsignal(signal.SIGINT), 0
         try:
-            cli.run(main, **options)
+            cli.run_command(main, **options)
         except SystemExit as stopped:
             code = stopped.code
         finally:

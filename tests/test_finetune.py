@@ -204,7 +204,7 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
         greedy = [] if "--num_beams=3" in options else ["--temperature=0"]
         monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={run}", *greedy, *options])
         try:
-            cli.run(sample_module.main)
+            cli.run_command(sample_module.main)
             return capsys.readouterr()
         except SystemExit as stopped:
             assert stopped.code == 1

@@ -67,7 +67,7 @@ def command(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         code = 0
         try:
-            cli.run(script(name).main)
+            cli.run_command(script(name).main)
         except SystemExit as stopped:
             code = stopped.code
         return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())

@@ -267,7 +267,7 @@ def test_control_characters_reach_a_pipe_but_not_a_terminal(sample, wild, monkey
     ours, theirs = os.openpty()
     with open(theirs, "w", encoding="utf-8", newline="") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
-        cli.run(sample_module.main)
+        cli.run_command(sample_module.main)
     with open(ours, "rb", buffering=0) as screen:
         shown = b"".join(iter(partial(read_screen, screen), b"")).decode().replace("\r\n", "\n")
     assert "\x1b" not in shown and shown == piped.replace("\x1b", r"\x1b")
@@ -277,7 +277,7 @@ def test_a_terminal_that_lacks_a_character_shows_another(sample, wild, monkeypat
     piped = sample("--prompt=[é", run=wild).stdout
     narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
-    cli.run(sample_module.main)
+    cli.run_command(sample_module.main)
     assert narrow.buffer.getvalue().decode() == piped.replace("é", "?")
 
 
@@ -288,7 +288,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(sample, monkeypatch, caps
     with open(ours, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit) as stopped:
-            cli.run(sample_module.main)
+            cli.run_command(sample_module.main)
     assert stopped.value.code == 1 and capsys.readouterr().err == ""
 
 
@@ -314,7 +314,7 @@ def test_ctrl_c_keeps_the_answers_that_are_finished(sample, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stdout", output)
     try:
         with pytest.raises(SystemExit) as stopped:
-            cli.run(sample_module.main)
+            cli.run_command(sample_module.main)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"

@@ -14,7 +14,7 @@ from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.cli import run
+from common.cli import run_command
 from common.files import write_whole
 from text.conversations import conversation_parser, prepare_conversations
 from text.prepare import download
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.cli import run
+from common.cli import run_command
 from data.pydocs.docstrings import ASCII, PLAIN, docstrings, topics
 from text.documents import split_of
 from text.prepare import corpus_parser, prepare
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.cli import run
+from common.cli import run_command
 from data.pydocs.docstrings import ASCII, PLAIN, docstrings
 from text.chat import Message
 from text.conversations import conversation_parser, write_conversations
@@ -107,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -9,7 +9,7 @@ from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.cli import run
+from common.cli import run_command
 from data.shakespeare_char.tiny_shakespeare import VAL_FRACTION, shakespeare_parser, tiny_shakespeare
 from text.corpus import write_corpus
 from text.prepare import add_vocab_size, learned_tokenizer, report
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

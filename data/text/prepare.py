@@ -22,7 +22,7 @@ from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.cli import run
+from common.cli import run_command
 from text.documents import add_reading_options
 from text.prepare import corpus_parser, prepare_files
 
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
