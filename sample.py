@@ -238,7 +238,7 @@ def write_samples(model: TextModel, config: SampleConfig, prompts: list[Prompt])
         drawn = draw(model, config, [prompt for prompt, _ in batch], config.seed + done, live)
         for (prompt, n), (text, finish, tokens) in zip(batch, drawn, strict=True):
             if config.json:
-                write_json(prompt, text, finish, [t.id for t in tokens], [t.logprob for t in tokens])
+                print_json(prompt, text, finish, [t.id for t in tokens], [t.logprob for t in tokens])
             elif not live or n > 0:
                 show(header(config, prompt, n + 1) if config.prompts else "-" * 20)
                 show(prompt.shown + text)
@@ -295,7 +295,7 @@ def write_beam(model: TextModel, config: SampleConfig, prompt: Prompt, rank: int
     finish = "eos" if beam.tokens[-1] == model.eos_id else "length"
     text = model.tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
     if config.json:
-        write_json(prompt, text, finish, beam.tokens, beam.logprobs, score=beam.score)
+        print_json(prompt, text, finish, beam.tokens, beam.logprobs, score=beam.score)
         return
     if config.num_samples > 1 or config.prompts:
         counts = f"log-probability {beam.logprob:.4f}, {len(beam.tokens)} tokens"
@@ -311,7 +311,7 @@ def header(config: SampleConfig, prompt: Prompt, number: int) -> str:
     return f"--- {place}, text {number}" if config.num_samples > 1 else f"--- {place}"
 
 
-def write_json(prompt: Prompt, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
+def print_json(prompt: Prompt, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
     """Print the prompt's fields and the answer's as one line.
 
     finish: eos (the model ended the text), stop (a stop string came) or length (max_new_tokens were made).
