@@ -1,11 +1,11 @@
-"""The chat template: a conversation as tokens, and the mask of the tokens that the model learns to say.
+"""The chat template: a conversation as tokens, and a mask of the tokens that count in the loss.
 
     <|endoftext|> <|user|> What is 1 + 1? <|end|> <|assistant|> 2. <|end|>
                                                                 ^^ ^^^^^^^   mask = 1
 
-The mask is 1 on the assistant's words and on the <|end|> that stops generation, and 0 elsewhere. An assistant message
-with "weight": 0 is read but not learned: its mask is 0 throughout. Only `Template` makes special tokens: one that is
-spelled out in a message is encoded as ordinary text, so that no message can speak for another role.
+The mask is 1 on the assistant's text and on the <|end|> that stops generation, and 0 elsewhere. The model reads an
+assistant message with "weight": 0 but does not learn it: its mask is 0 throughout. Only `Template` makes special
+tokens. If a message spells one out, it is encoded as ordinary text, so no message can speak for another role.
 """
 
 from typing import Literal, NotRequired, TypedDict, get_args
@@ -23,11 +23,11 @@ EMPTY_ANSWER = "an empty answer"  # the reason of a BadConversation
 class Message(TypedDict):
     role: Role
     content: str
-    weight: NotRequired[Literal[0, 1]]  # 0: an assistant message that is not to be learned; left out, it is 1
+    weight: NotRequired[Literal[0, 1]]  # 0: the loss ignores this assistant message; the default is 1
 
 
 class BadConversation(ValueError):
-    """A conversation that cannot be trained on. `reason` names the kind of fault, under which it is counted."""
+    """A conversation that cannot be trained on. `reason` names the kind of fault; reports count by it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -35,7 +35,7 @@ class BadConversation(ValueError):
 
 
 class Template:
-    """Renders conversations with a tokenizer, to which the special tokens that it lacks are added."""
+    """Renders conversations with a tokenizer, and adds the special tokens that the tokenizer lacks."""
 
     def __init__(self, tokenizer: Tokenizer):
         missing = [name for name in TOKENS if name not in tokenizer.special_tokens]
@@ -44,9 +44,9 @@ class Template:
         self.end_id = self.ids[END]
 
     def render(self, messages: list[Message], reply: bool = False) -> tuple[list[int], list[int]]:
-        """The conversation's tokens and their mask, two lists of equal length.
+        """Return the conversation's tokens and their mask, two lists of equal length.
 
-        With `reply`, the messages are a prompt: the tokens end with <|assistant|>, where the model goes on.
+        With `reply`, the messages are a prompt: the tokens end with <|assistant|>, and the model writes what follows.
         Raises BadConversation for messages that `check` refuses, ValueError for text the tokenizer cannot encode.
         """
         check(messages, reply)
@@ -67,7 +67,7 @@ def check(messages: object, reply: bool = False) -> None:
     """Raise BadConversation unless the messages are a conversation to learn from.
 
     An optional system message comes first; then user and assistant take turns, and the assistant's message is the last.
-    At least one assistant message must have weight 1. With `reply`, the messages are a prompt and end with the user's.
+    At least one assistant message must have weight 1. With `reply`, the messages are a prompt: a user message is last.
     """
     if not isinstance(messages, list) or not messages:
         raise BadConversation("no messages", "the messages must be a list of at least one message")

@@ -1,7 +1,7 @@
-"""How text is cut into chunks, which no merge of a BPE vocabulary crosses; and how often each chunk occurs.
+"""Pre-tokenization: cut text into chunks that no BPE merge crosses, and count how often each chunk occurs.
 
-Counting uses all cores, and Python's own regular expressions where the text is ASCII: they are several times faster
-than those that know Unicode. This file imports little, since every process that helps must import it first.
+Counting uses all cores. For ASCII text it uses Python's module re, which is several times faster than the module regex
+and its Unicode classes. This file imports little, since every worker process must import it first.
 """
 
 import difflib
@@ -15,15 +15,15 @@ import regex
 from text.cut import blocks
 from text.pool import parallel_map
 
-# How text is cut into chunks, which merges never cross. `digits` follows the Baichuan 2 report (section 2.3): each
-# digit alone, runs of spaces kept, and no space joined to the word behind it.
+# The regular expressions that match one chunk. `digits` follows the Baichuan 2 report (section 2.3): each digit is a
+# chunk, a run of spaces is a chunk, and no space joins the word after it.
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
     "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s""",
     "digits": r"""\p{L}++|\p{N}|[^\s\p{L}\p{N}]++| ++|[\r\n]++|\s""",
 }  # fmt: skip
-# The patterns again for text that is ASCII throughout, for Python's re: several times faster, and the same there.
+# The same patterns for ASCII text and Python's re: several times faster, and equal on ASCII.
 IN_ASCII = {
     r"[^\s\p{L}\p{N}]": r"[^\sa-zA-Z0-9]", r"[^\r\n\p{L}\p{N}]": r"[^\r\na-zA-Z0-9]",
     r"\p{L}": "[a-zA-Z]", r"\p{N}": "[0-9]", "$": r"\Z",
@@ -32,19 +32,19 @@ ASCII_PATTERNS = {
     name: functools.reduce(lambda text, change: text.replace(*change), IN_ASCII.items(), pattern)
     for name, pattern in PATTERNS.items()
 }
-TASK = 1 << 20  # characters that are counted at once
-ASCII_BLOCK, OTHER_BLOCK = 1 << 12, 1 << 8  # characters that are searched at once: of ASCII text, of other text
-# A regular expression that takes longer than this to cut a text is taken for one that backtracks without end.
+TASK = 1 << 20  # characters per task of a worker
+ASCII_BLOCK, OTHER_BLOCK = 1 << 12, 1 << 8  # characters per search: in ASCII text, in other text
+# A regular expression that takes longer than this to cut a text counts as one that backtracks without end.
 TIMEOUT, TIMEOUT_PER_CHARACTER = 10.0, 1e-4  # seconds of processor time
-# A regular expression that can match nothing at all mostly does so somewhere in these texts.
+# Almost every regular expression that can match the empty string does so somewhere in these texts.
 PROBES = ("", "a b", "A1 ", " a", "\n\n", "it's x.\n", "12", "中文。", "\t")
 
 
 def complete(pattern: str) -> str:
-    r"""Return the regular expression of a pattern under which every character of a text belongs to a chunk.
+    r"""Return the pattern as a regular expression that puts every character of a text into a chunk.
 
-    A named pattern leaves nothing out. A regular expression P may: \d+ matches digits only. P|(?:(?!P).)+ makes a
-    chunk of every stretch between two matches of P, as the isolated Split of Hugging Face's tokenizers does:
+    A named pattern matches every character. A regular expression P may not: \d+ matches digits only. P|(?:(?!P).)+
+    also makes a chunk of all text between two matches of P, as the isolated Split of Hugging Face's tokenizers does:
 
         \d+ cuts "ab12c" into "ab", "12", "c"
     """
@@ -54,8 +54,8 @@ def complete(pattern: str) -> str:
 def splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into chunks, by a named pattern or by a regular expression.
 
-    Together the chunks are the text. Raises ValueError for what is neither, for an expression that matches the empty
-    string, and for one with groups; the function raises ValueError when the expression backtracks without end.
+    The chunks joined are the text. Raises ValueError if `pattern` is neither, if it matches the empty string, or if it
+    has capturing groups. The returned function raises ValueError if the expression backtracks without end.
     """
     if pattern in PATTERNS:
         find = regex.compile(PATTERNS[pattern]).findall
@@ -81,12 +81,12 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
 
 
 def check_expression(pattern: str) -> regex.Pattern:
-    """Return the compiled regular expression. VERSION1 reads [a[bc]] and (?i) as tiktoken does, which encodes.
+    """Return the compiled regular expression. VERSION1 reads [a[bc]] and (?i) as tiktoken, our encoder, does.
 
-    Raises ValueError for the name of a pattern that does not exist, for what is no regular expression, and for one that
-    matches the empty string, on which tiktoken fails.
+    Raises ValueError if `pattern` is an unknown name, if it is not a regular expression, or if it matches the empty
+    string, on which tiktoken fails.
     """
-    if regex.fullmatch(r"[\w-]+", pattern):  # without any operator: the name of a pattern, and not one to search for
+    if regex.fullmatch(r"[\w-]+", pattern):  # without any operator: meant as a name, not as an expression
         near = difflib.get_close_matches(pattern, PATTERNS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"no pattern is called {pattern!r}: did you mean {near!r}? There are {', '.join(PATTERNS)}; "
@@ -116,11 +116,11 @@ def count_chunks(
 ) -> Counter[str]:
     """Count how often each chunk occurs in the texts.
 
-    workers: the number of processes that count, by default one per CPU; a few megabytes are counted in this process.
-    progress: called with a number of characters whenever so many more have been counted.
+    workers: the number of processes that count, by default one per CPU; this process counts a few megabytes itself.
+    progress: called after each task with the number of characters in it. Raises ValueError as `splitter` does.
     """
     chunks: Counter[str] = Counter()
-    splitter(pattern)  # raises ValueError for what is no pattern, before any process starts
+    splitter(pattern)  # raises ValueError for a wrong pattern before any process starts
     for size, counts in parallel_map(functools.partial(_count, pattern), _tasks(texts, pattern), workers, few=8):
         for chunk, count in counts.items():
             chunks[chunk] += count
@@ -129,12 +129,12 @@ def count_chunks(
 
 
 def _blocks(text: str, size: int, pattern: str) -> Iterable[str]:
-    """Cut the text into blocks of about `size` characters where a named pattern cuts it anyway; else leave it whole."""
+    """Cut the text into blocks of about `size` characters where every named pattern cuts; else leave it whole."""
     return blocks([text], size, force=False) if pattern in PATTERNS else [text]
 
 
 def _tasks(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
-    """Gather the texts, or blocks of them, to about TASK characters."""
+    """Group the texts, or blocks of them, into tasks of about TASK characters."""
     task, size = [], 0
     for text in texts:
         for block in _blocks(text, TASK, pattern):
@@ -148,7 +148,7 @@ def _tasks(texts: Iterable[str], pattern: str) -> Iterator[list[str]]:
 
 
 def _count(pattern: str, task: list[str]) -> tuple[int, Counter[str]]:
-    """Count the chunks of one task; returns how many characters they are, and the counts."""
+    """Count the chunks of one task; returns the number of characters in it, and the counts."""
     split, chunks = splitter(pattern), Counter()
     for text in task:
         for block in _blocks(text, ASCII_BLOCK, pattern):

@@ -1,12 +1,12 @@
-"""The forms in which people keep conversations, each turned into the messages of text/chat.py.
+"""Convert the common forms of conversation data to the messages of text/chat.py.
 
   a list of messages   "messages", "conversations", "conversation" or "data": objects with "role" and "content", or with
                        "from" and "value" (ShareGPT), or with "human" and "assistant"; or just strings, the user's first
   question and answer  "instruction", "prompt", "question", "query" or "input", with "output", "completion", "response",
-                       "answer" or "target"; more of the question in "input" or "context", earlier turns in "history"
+                       "answer" or "target"; the question may go on in "input" or "context"; earlier turns in "history"
 
-A "system" or "system_prompt" beside either becomes the system message. What would change the meaning if it were left
-out (tool calls, images) is refused; other fields without a place are left out, and the caller is told their names.
+In both forms "system" or "system_prompt" becomes the system message. Content that a conversation needs but text cannot
+hold (tool calls, images) is an error. All other unknown fields are dropped, and their names are counted.
 """
 
 from collections import Counter
@@ -19,9 +19,9 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("output", "completion", "response", "answer", "target")
 SYSTEMS = ("system", "system_prompt")
-WEIGHTS = ("weight", "train", "training", "loss")  # OpenAI's name and others', for whether a message is learned
+WEIGHTS = ("weight", "train", "training", "loss")  # whether a message counts in the loss
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-NOTHING = (None, "", [], {})  # values of a field that nothing is lost with
+NOTHING = (None, "", [], {})  # values of an empty field, which can be dropped
 
 ROLE_NAMES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -34,9 +34,9 @@ THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 
 
 def messages_of(row: object, left_out: Counter[str] | None = None) -> list[Message]:
-    """The messages of a row in any of the forms above, checked; counts in `left_out` the fields that have no place.
+    """Return the checked messages of a row in any of the forms above; count its unknown fields in `left_out`.
 
-    Raises BadConversation for what is none, or cannot be trained on.
+    Raises BadConversation if the row has none of these forms, or if it cannot be trained on.
     """
     if isinstance(row, list):
         row = {"messages": row}
@@ -75,7 +75,7 @@ def _from_list(items: object, where: str, fields: set[str]) -> list[Message]:
 
 
 def _from_item(item: object, where: str, fields: set[str]) -> list[Message]:
-    """The message of a list's item, or the two of {"human": ..., "assistant": ...}."""
+    """Convert one item of a list: return its message, or the two messages of {"human": ..., "assistant": ...}."""
     if not isinstance(item, dict):
         _refuse_type(where, 'an object with "role" and "content"', item)
     if item.get("tool_calls") not in NOTHING or item.get("function_call") not in NOTHING:
@@ -119,7 +119,7 @@ def _role(value: object, where: str) -> Role:
 
 
 def _text(content: object, where: str, fields: set[str]) -> str:
-    """The text of a message: a string, or a list of parts whose texts follow one another."""
+    """Return the text of a message; `content` is a string or a list of text parts, which are joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -154,7 +154,7 @@ def _weight(value: object, where: str) -> int:
 
 
 def _from_pair(row: dict, fields: set[str]) -> tuple[list[Message], set[str]]:
-    """The messages of a question and its answer, and the names of the fields that they come from."""
+    """Return the messages of a row with question and answer, and the names of the fields that it used."""
     question = next((name for name in QUESTIONS if row.get(name) is not None), None)
     answers = [name for name in ANSWERS if name in row]
     if question is None:
@@ -178,7 +178,7 @@ def _from_pair(row: dict, fields: set[str]) -> tuple[list[Message], set[str]]:
 
 
 def _from_prompt(row: dict, question: str, answer: str, fields: set[str]) -> list[Message]:
-    """A prompt that is itself a list of messages, and its completion: only the completion is to be learned."""
+    """Return the messages of a prompt that is a list of messages, and of its completion, which alone has weight 1."""
     prompt = _from_list(row[question], f'"{question}"', fields)
     for message in prompt:
         if message["role"] == "assistant":
@@ -189,7 +189,7 @@ def _from_prompt(row: dict, question: str, answer: str, fields: set[str]) -> lis
 
 
 def _history(history: object) -> list[str]:
-    """Earlier turns, [[question, answer], ...], as strings in turn."""
+    """Flatten earlier turns: [[question, answer], ...] → [question, answer, ...]."""
     if history is None:
         return []
     if not isinstance(history, list):
@@ -208,7 +208,7 @@ def _history(history: object) -> list[str]:
 
 
 def _with_system(system: object, where: str, messages: list[Message], fields: set[str]) -> list[Message]:
-    """The messages with this system message before them, unless it is empty or already there."""
+    """Put the system message before the messages, unless it is empty or already there."""
     text = "" if system is None else _text(system, where, fields)
     if not text.strip():
         return messages
@@ -239,7 +239,7 @@ def _refuse_content(what: str) -> NoReturn:
 
 
 def _kind(value: object) -> str:
-    """What JSON calls the value."""
+    """Return the name of the value's JSON type, with an article."""
     match value:
         case None:
             return "null"

@@ -1,9 +1,9 @@
-"""Conversation files: reading the forms that people have, splitting, writing, and opening a prepared folder.
+"""Conversation files: read the common forms, split them, write a prepared folder, and open it.
 
-A prepared folder holds train.jsonl and val.jsonl, a conversation per line, {"messages": [{"role", "content"}, ...]},
-and meta.json with the number of conversations and the SHA-256 of each. All three are written under temporary names,
-synced and only then renamed, so that what opens is the old data set or the new one: `open_conversations` refuses
-a mixture, whose checksums differ. `read_conversations` reads the public forms of text/conversation_forms.py.
+A prepared folder holds train.jsonl and val.jsonl, one conversation per line, {"messages": [{"role", "content"}, ...]},
+and meta.json with each file's number of conversations and SHA-256. `write_conversations` writes all three under
+temporary names, syncs them and then renames them. A crash between two renames leaves files with wrong checksums, which
+`open_conversations` rejects. `read_conversations` reads the public forms of text/conversation_forms.py.
 """
 
 import argparse
@@ -30,21 +30,21 @@ from text.documents import split_of
 
 FORMAT = {"format": "plaingpt-conversations", "version": 1}
 UNREADABLE = (".csv", ".tsv", ".xlsx", ".arrow", ".zst", ".zip", ".bz2", ".xz", ".7z", ".tar")
-LOCK_SECONDS = 60  # another prepare.py writes its files in far less
+LOCK_SECONDS = 60  # another prepare.py needs far less to write its files
 
 Conversation = tuple[str, list[Message]]  # its split and its messages
 
 
 @dataclass
 class LeftOut:
-    """What reading left out: conversations by reason, each with the place of the first one, and fields by name."""
+    """What reading left out: conversations by reason, with the first one's place; and fields by name."""
 
     conversations: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
-    fields: Counter[str] = field(default_factory=Counter)  # in how many conversations
+    fields: Counter[str] = field(default_factory=Counter)  # name → number of conversations that have it
 
     def summary(self) -> str:
-        """A line for conversations and a line for fields, as far as there are any."""
+        """Return one line about conversations and one about fields; no line where nothing was left out."""
         lines = []
         if self.conversations:
             counts = [f"{why} ({n:,}, first in {self.first[why]})" for why, n in self.conversations.most_common()]
@@ -61,11 +61,11 @@ class LeftOut:
 def read_conversations(
     path: str | Path, left_out: LeftOut | None = None, *, skip_bad: bool = False, skip_empty: bool = False
 ) -> Iterator[list[Message]]:
-    """The conversations of a file of JSON lines, of a JSON list (both may be packed as .gz), or of a .parquet file.
+    """Yield the conversations of a file: JSON lines, a JSON list (both may be .gz) or .parquet.
 
-    A bad conversation raises BadConversation with its file and line (a list's item, a .parquet file's row). With
-    skip_bad it is left out and counted in `left_out`, with skip_empty only if an answer in it is empty. Fields without
-    a place in a conversation are counted there too. Raises ValueError for a file that cannot be read.
+    A bad conversation raises BadConversation with its file and line (item of a list, row of a .parquet file). With
+    skip_bad, it is skipped and counted in `left_out`; with skip_empty, only if one of its answers is empty. Unknown
+    fields are counted in `left_out` too. Raises ValueError if the file cannot be read.
     """
     left_out = LeftOut() if left_out is None else left_out
     empty = True
@@ -87,7 +87,7 @@ def read_conversations(
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
-    """The place and the content of each row; a line that is not JSON is given as the BadConversation to raise."""
+    """Yield (place, content) of each row; the content is a BadConversation, not raised, if the row is not JSON."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the files in it")
     if path.suffix.lower() in UNREADABLE:
@@ -103,10 +103,10 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """The rows of JSON lines, or of one JSON document; what the file holds decides, whatever its name."""
+    """Yield the rows of JSON lines, or of one JSON document. The content decides which, not the file's name."""
     with _open_binary(path) as binary:
         encoding = "utf-16" if binary.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        # A byte that is not UTF-8 becomes a surrogate, which _parse tells: one bad line does not end the reading.
+        # A byte that is not UTF-8 becomes a surrogate, and _parse reports it, so one bad line does not end the reading.
         file = io.TextIOWrapper(binary, encoding, errors="surrogateescape", newline="\n")
         start, line = 1, file.readline()
         while line and not line.strip():
@@ -132,13 +132,13 @@ def _open_binary(path: Path) -> gzip.GzipFile | io.BufferedReader:
     if path.suffix.lower() != ".gz":
         return open(path, "rb")
     with gzip.open(path, "rb") as file:
-        while file.read(1 << 20):  # its checksum comes last: damage is told as such, not as a bad conversation
+        while file.read(1 << 20):  # read up to the checksum at the end, so that damage is not taken for bad JSON
             pass
     return gzip.open(path, "rb")
 
 
 def _document_rows(document: object) -> Iterator[tuple[str, object]]:
-    """The rows of a JSON document: those of a list, or one conversation alone."""
+    """Yield the rows of a JSON document: those of a list, or one conversation alone."""
     match document:
         case [{"role": _} | {"from": _}, *_] | dict():
             yield "item 1", document
@@ -150,7 +150,7 @@ def _document_rows(document: object) -> Iterator[tuple[str, object]]:
 
 
 def _parse(text: str) -> object:
-    """The JSON value, or the BadConversation to raise."""
+    """Return the JSON value, or the BadConversation to raise."""
     text = text.rstrip()
     try:
         text.encode()
@@ -168,7 +168,7 @@ def _parse(text: str) -> object:
 
 
 def _place(line: int, column: int) -> str:
-    """A place in JSON; where it is a single line, the line's number in the file is told already."""
+    """Describe a place in JSON text. For text of one line, only the column: the caller knows the line in the file."""
     return f"line {line}, column {column}" if line > 1 else f"column {column}"
 
 
@@ -201,14 +201,14 @@ def first_question(messages: list[Message]) -> str:
 
 
 def by_question(conversations: Iterable[list[Message]], val_fraction: float) -> Iterator[Conversation]:
-    """Give each conversation its split: a hash of the first user message decides, so no question is in both splits.
+    """Yield (split, messages): a hash of the first user message chooses the split, so no question is in both.
 
-    Few conversations may all fall into one split: then one question, the same in whatever order they come, is moved to
-    the other. Raises ValueError for a val_fraction that is not between 0 and 1.
+    If all conversations fall into one split, one question moves to the other; which one does not depend on their order.
+    Raises ValueError if val_fraction is not between 0 and 1, or if there is only one question.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.05")
-    waiting: list[Conversation] = []  # as long as only one split has come up
+    waiting: list[Conversation] = []  # all conversations so far, until both splits have occurred
     splits: set[str] = set()
     for messages in conversations:
         split = split_of(first_question(messages), val_fraction)
@@ -234,7 +234,7 @@ def by_question(conversations: Iterable[list[Message]], val_fraction: float) -> 
 def conversation_parser(
     description: str, *, output: Path | None, val_fraction: float, reads: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with the options of all commands for conversations; `reads` adds those of `prepare_conversations`."""
+    """Return a parser with the options of every conversation command; `reads` adds those of `prepare_conversations`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "; default: %(default)s" if output else ""
     text = f"folder to write train.jsonl and val.jsonl to{default}"
@@ -243,7 +243,7 @@ def conversation_parser(
     text = "share kept for validation; default: %(default)s"
     either.add_argument("--val_fraction", default=val_fraction, type=float, metavar="F", help=text)
     if reads:
-        text = "files of conversations for validation; all of --input is for training then"
+        text = "conversation files for validation; then all of --input is for training"
         either.add_argument("--val", nargs="+", type=expanduser, metavar="FILE", help=text)
         text = "leave out conversations that cannot be trained on, and count them by reason"
         parser.add_argument("--skip_bad", action="store_true", help=text)
@@ -251,7 +251,7 @@ def conversation_parser(
 
 
 def prepare_conversations(args: argparse.Namespace, paths: Sequence[str | Path], skip_empty: bool = False) -> None:
-    """Write the data set that `args` (of `conversation_parser` with `reads`) asks for from the files in `paths`."""
+    """Read the conversations in `paths` and write the data set that `args` (of `conversation_parser`) describes."""
     left_out = LeftOut()
 
     def read(paths: Sequence[str | Path]) -> Iterator[list[Message]]:
@@ -275,14 +275,14 @@ def write_conversations(
     left_out: LeftOut | None = None,
     sources: Sequence[str | Path] = (),
 ) -> None:
-    """Write each split's conversations, without repeated ones, and report them with what reading left out.
+    """Write each split's conversations without duplicates, and print a report that includes what reading left out.
 
-    The old data set in `folder` stays until the new one is complete. `sources` are the files that `conversations` come
-    from. Raises ValueError for an empty split, and for a folder that holds a run, a corpus or one of the sources.
+    The old data set in `folder` stays until the new one is complete. sources: the files that `conversations` come from.
+    Raises ValueError if a split is empty, or if `folder` holds a run, a corpus or one of the sources.
     """
     folder, left_out = Path(folder), left_out or LeftOut()
     _check_output(folder, sources)
-    lines: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # each line with its bytes of text
+    lines: dict[str, dict[str, int]] = {split: {} for split in SPLITS}  # line → bytes of text in it
     questions: dict[str, set[str]] = {split: set() for split in SPLITS}
     repeated = 0
     for split, messages in conversations:
@@ -297,7 +297,7 @@ def write_conversations(
     content = {split: ("\n".join(lines[split]) + "\n").encode() for split in SPLITS}
     described = {split: _describe(content[split], len(lines[split]), sum(lines[split].values())) for split in SPLITS}
     meta = json.dumps(FORMAT | {"splits": described}, indent=1) + "\n"
-    # meta.json goes first: until the last rename, its checksums refuse what is there.
+    # meta.json is renamed first: until the last rename, its checksums do not match the files.
     _replace_together(folder, {META: meta.encode()} | {f"{split}.jsonl": content[split] for split in SPLITS})
     print(f"{os.path.relpath(folder)}:" + (f" {repeated:,} repeated conversations left out" if repeated else ""))
     for split in SPLITS:
@@ -309,7 +309,7 @@ def write_conversations(
 
 
 def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
-    """Raise ValueError for an output folder in which something else would be lost."""
+    """Raise ValueError if writing to the folder would destroy something other than a conversation data set."""
     found = None
     if folder.exists() and not folder.is_dir():
         found = "is a file"
@@ -333,9 +333,9 @@ def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
 
 
 def _replace_together(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write all files under temporary names, then rename them in this order. One process at a time does so."""
+    """Write all files under temporary names, then rename them in this order, under a lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    targets = {Path(os.path.realpath(folder / name)): content for name, content in contents.items()}  # through links
+    targets = {Path(os.path.realpath(folder / name)): content for name, content in contents.items()}  # follow links
     temporary = {path: path.with_name(path.name + ".tmp") for path in targets}
     try:
         with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
@@ -362,7 +362,7 @@ def _text_bytes(messages: list[Message]) -> int:
 
 
 def _describe(content: bytes, conversations: int, size: int) -> dict:
-    """What meta.json says of a split; `size` is the bytes of text in its messages."""
+    """Return the entry of a split in meta.json; size: the bytes of text in its messages."""
     return {"conversations": conversations, "bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -370,10 +370,10 @@ def _describe(content: bytes, conversations: int, size: int) -> dict:
 
 
 def open_conversations(folder: str | Path) -> dict[str, list[list[Message]]]:
-    """The conversations of a prepared folder by split, verified by its meta.json.
+    """Return the conversations of a prepared folder by split, verified against its meta.json.
 
-    A folder without one, made by hand or by an earlier version, is read as it is. Raises ValueError with the damaged
-    file and what to do.
+    Without meta.json (a folder made by hand or by an earlier version) nothing is verified. Raises ValueError if a file
+    is damaged; the message names it and says what to do.
     """
     folder = Path(folder)
     meta = _read_meta(folder)
@@ -407,7 +407,7 @@ def _read_unverified(path: Path) -> list[list[Message]]:
 
 
 def _read_meta(folder: Path) -> dict | None:
-    """The content of meta.json, None if there is none. ValueError for a damaged one, or one of a later version."""
+    """Return the content of meta.json, None without one. Raises ValueError if it is damaged or of another version."""
     path = folder / META
     if not path.exists():
         return None

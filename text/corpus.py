@@ -1,11 +1,11 @@
-"""From documents to token files, and from token files to batches.
+"""Write documents to token files, and read batches from token files.
 
 A corpus is a folder: train.bin and val.bin (raw little-endian uint16 or uint32 tokens), tokenizer.json, and meta.json
-with their sizes and SHA-256. `write_corpus` streams: documents of any size pass through a few worker processes in
-bounded pieces, so memory stays flat. The files are written to a temporary folder and moved into place when all are
-there, meta.json last, so that a half-written corpus never opens.
-`Corpus.batch` is a pure function of (seed, step): there is no loader state to save, resuming is asking for the next
-step, and N processes see together what one would see alone.
+with their sizes and SHA-256. `write_corpus` streams: worker processes encode the documents in pieces of bounded size,
+so memory use does not grow with the text. It writes all files to a temporary folder and then moves them into place,
+meta.json last, so a half-written corpus never opens.
+`Corpus.batch` is a pure function of (seed, step): there is no loader state to save, a resumed run asks for its next
+step, and N processes together read the same batch as one process alone.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from text.documents import Document
 from text.tokenise import Encoded, encode_documents
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:  # torch takes seconds to import and much memory: the workers that tokenise must do without
+if TYPE_CHECKING:  # torch takes seconds and much memory to import, so the worker processes do without it
     import torch
 
 SPLITS = ("train", "val")
 META = "meta.json"
 FORMAT = {"format": "plaingpt-corpus", "version": 1}
-IGNORE = -100  # the target that no loss counts: model.IGNORE, without importing torch
+IGNORE = -100  # target that the loss ignores: equal to model.IGNORE, which would import torch
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-TEMPORARY = ".prepare-"  # begins the names of temporary folders
+TEMPORARY = ".prepare-"  # prefix of the names of temporary folders
 
 
 def write_corpus(
@@ -50,12 +50,12 @@ def write_corpus(
     workers: int | None = None,
     total_bytes: int | None = None,
 ) -> dict:
-    """Tokenise `documents` into a corpus in `folder`; returns what meta.json holds.
+    """Tokenise `documents` into a corpus in `folder`; returns the content of meta.json.
 
-    Each document is followed by the tokenizer's eot_id, if it has one; empty documents are left out. The files do not
-    depend on `workers` (default: all CPUs). `total_bytes`, if known, lets the progress bar tell the time left.
-    An old corpus in `folder` stays until the new one is complete. Raises ValueError when a split ends up empty, when
-    the tokenizer does not give a text back, and as from `hold_for_writing`; WriteError when the disk is full.
+    The tokenizer's eot_id, if it has one, follows each document; empty documents are left out. The files do not depend
+    on `workers` (default: one per CPU). total_bytes: size of the text, if known, for the progress bar.
+    An old corpus in `folder` stays until the new one is complete. Raises ValueError if a split is empty or the
+    tokenizer does not reproduce a text, and as `hold_for_writing` does; WriteError if a file cannot be written.
     """
     with hold_for_writing(folder):
         return write_held_corpus(folder, documents, tokenizer, workers, total_bytes)
@@ -63,9 +63,9 @@ def write_corpus(
 
 @contextlib.contextmanager
 def hold_for_writing(folder: str | os.PathLike) -> Iterator[None]:
-    """Make `folder` and hold it, so that no other process writes there, and clear what a killed process left.
+    """Make `folder`, lock it against other writers, and delete the temporary folders of killed processes.
 
-    Raises ValueError if it is a file or a run, or if another process holds it.
+    Raises ValueError if `folder` is a file or a run, or if another process holds the lock.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -85,7 +85,7 @@ def write_held_corpus(
     workers: int | None = None,
     total_bytes: int | None = None,
 ) -> dict:
-    """`write_corpus` for a folder that `hold_for_writing` holds."""
+    """Do what `write_corpus` does, in a folder that `hold_for_writing` has locked."""
     folder, dtype = Path(folder), "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
     try:
@@ -98,7 +98,7 @@ def write_held_corpus(
             "special_tokens_in_text": spelled,
         }  # fmt: skip
         write_json(new / META, meta)
-        # Between these renames the folder is no corpus: what opens is the old one or the new one, never a mixture.
+        # Between these renames meta.json is missing, so the folder does not open: old and new files never mix.
         (folder / META).unlink(missing_ok=True)
         for name in (*(f"{split}.bin" for split in SPLITS), FILE_NAME, META):
             os.replace(new / name, folder / name)
@@ -120,7 +120,7 @@ def _write_tokens(
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(encoded))
         bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None))
-        # Without a buffer, so that a full disk is met in `write` and not again in `close`.
+        # Without a buffer, so that a full disk fails in `write`, and not once more in `close`.
         files = {split: stack.enter_context(open(paths[split], "wb", buffering=0)) for split in SPLITS}
         for result in encoded:
             for split, part in result.items():
@@ -133,7 +133,7 @@ def _write_tokens(
                 splits[split]["documents"] += part.documents
                 spelled.update(part.spelled)
                 bar.update(part.bytes)
-        bar.total = bar.n  # the total was an estimate: JSON escapes are no text
+        bar.total = bar.n  # the total was an estimate: escapes in JSON are longer than their text
         for split, file in files.items():
             with errors_name(paths[split]):
                 os.fsync(file.fileno())
@@ -144,7 +144,7 @@ def _write_tokens(
 
 
 def _write_all(file, content: bytes) -> None:
-    """Write all of `content` to a file without a buffer, whose `write` may take less."""
+    """Write all of `content` to an unbuffered file, whose `write` may write only a part."""
     left = memoryview(content)
     while left:
         left = left[file.write(left) :]
@@ -154,10 +154,10 @@ def _write_all(file, content: bytes) -> None:
 
 
 class Corpus:
-    """A prepared corpus; its token files are mapped, not read, so opening is quick whatever their size."""
+    """A prepared corpus. Its token files are memory-mapped, so opening takes the same time for every size."""
 
     def __init__(self, folder: str | os.PathLike):
-        """ValueError when `folder` is no complete corpus, saying which command makes one."""
+        """Raise ValueError if `folder` holds no complete corpus; the message names the command that makes one."""
         self.folder = Path(folder)
         self.meta = _read_meta(self.folder)
         self.vocab_size: int = self.meta["vocab_size"]
@@ -174,7 +174,7 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the corpus was made with."""
+        """The tokenizer that encoded the corpus. Raises ValueError if it is missing, damaged or another one."""
         tokenizer = load_tokenizer(self.folder)
         if tokenizer.vocab_size != self.vocab_size:
             raise ValueError(
@@ -193,11 +193,11 @@ class Corpus:
         return self._counts(split)["tokens"]
 
     def num_bytes(self, split: str) -> int:
-        """Bytes of the split's text as UTF-8: what bits per byte are counted in."""
+        """Return the size of the split's text in bytes of UTF-8, the denominator of bits per byte."""
         return self._counts(split)["bytes"]
 
     def verify(self) -> None:
-        """Read the token files once through; ValueError when one is not what was prepared."""
+        """Read both token files. Raises ValueError if the SHA-256 of one is not that of meta.json."""
         for split in SPLITS:
             if hashlib.sha256(self._map(split)).hexdigest() != self._counts(split)["sha256"]:
                 path = str(self.folder / f"{split}.bin")
@@ -206,11 +206,12 @@ class Corpus:
     def batch(
         self, split: str, step: int, *, seed: int, batch_size: int, block_size: int, rows: slice = slice(None)
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The training batch of `step`: (idx, targets), both (B, T) int64, T = block_size, targets one token ahead.
+        """Return the training batch of `step`: (idx, targets), both (B, T) int64; targets are one token ahead.
 
-        A pure function of its arguments. An epoch is the split cut into windows, in an order and with an offset of its
-        own; every window comes once. `batch_size` is that of the whole step, over all micro-batches and processes;
-        `rows` picks this one's share of it, B rows, and only those are read.
+        A pure function of its arguments. Each epoch cuts the split into windows of T = block_size tokens, at an offset
+        and in an order of its own, and uses every window once. batch_size: rows of the whole step, over all
+        micro-batches and processes; rows: the B rows of the step to return, the only ones that are read.
+        Raises ValueError if the split is shorter than a window, or if seed or step is negative.
         """
         import torch
 
@@ -222,7 +223,7 @@ class Corpus:
             )
         if seed < 0 or step < 0:
             raise ValueError(f"seed={seed}, step={step}: neither may be negative")
-        # One window less than fits leaves room for the offset
+        # One window fewer than would fit, to leave room for the offset
         count = max(1, (len(tokens) - 1) // block_size - 1)
         block = np.empty((len(range(batch_size)[rows]), block_size + 1), dtype=np.int64)  # (B, T+1)
         for row, number in zip(block, range(step * batch_size, (step + 1) * batch_size)[rows], strict=True):
@@ -236,12 +237,12 @@ class Corpus:
     def windows(
         self, split: str, block_size: int, batch_size: int, *, max_batches: int = 0, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-        """The whole split, for evaluation: batches (idx, targets), both (B, T) int64, of consecutive windows.
+        """Yield the whole split in consecutive windows, for evaluation: (idx, targets), both (B, T) int64.
 
-        Every token but the first is a target exactly once. All batches have one shape, so that a compiled model is
-        compiled once: what the last one lacks has idx 0 and target -100, which no loss counts.
-        `max_batches` > 0 takes only so many, spread evenly, the same ones each time. Of `world_size` processes, each
-        gets every world_size-th batch from its `rank` on; some may get one less than others, or none.
+        Every token but the first is a target exactly once. All batches have the same shape, so that the model compiles
+        once: the last batch is padded with idx 0 and target -100, which the loss ignores.
+        max_batches: if above 0, yield only so many batches, evenly spread, the same ones in every call.
+        Process `rank` of `world_size` gets every world_size-th batch, starting with batch `rank`.
         """
         import torch
 
@@ -266,7 +267,7 @@ class Corpus:
         return self.meta["splits"][split]
 
     def _check_ids(self, split: str, tokens: np.ndarray) -> None:
-        """ValueError for an id beyond the vocabulary, before an embedding fails on it."""
+        """Raise ValueError if an id is outside the vocabulary, before the embedding fails on it."""
         if tokens.max(initial=0) >= self.vocab_size:
             raise ValueError(
                 f"{str(self.folder / split)}.bin holds token id {tokens.max()}, beyond its vocabulary of "
@@ -280,15 +281,15 @@ class Corpus:
         return self._tokens[split]
 
 
-@lru_cache(maxsize=2)  # a step may lie across two epochs
+@lru_cache(maxsize=2)  # a step may span two epochs
 def epoch_order(seed: int, epoch: int, count: int, spare: int = 0) -> tuple[int, np.ndarray]:
-    """The epoch's offset, 0 to spare, and its order of the count windows."""
+    """Return the epoch's offset, from 0 to `spare`, and a permutation of its `count` windows."""
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(spare + 1)), rng.permutation(count)
 
 
 def _read_meta(folder: Path) -> dict:
-    """What meta.json holds. ValueError if there is none, or if a field is missing or cannot be true."""
+    """Return the content of meta.json. Raises ValueError if it or a field is missing, or if a field is impossible."""
     path = folder / META
     if not path.is_file():
         raise ValueError(f"no prepared corpus in {str(folder)!r}: {_how_to_prepare(folder)}")
@@ -316,7 +317,7 @@ def _read_meta(folder: Path) -> dict:
 
 
 def _is_size(value: object, largest: int) -> bool:
-    """Whether the value is an integer from 1 to `largest` (True, which Python takes for 1, is none)."""
+    """Return whether the value is an integer from 1 to `largest` (True is not, although Python counts it as 1)."""
     return type(value) is int and 1 <= value <= largest
 
 

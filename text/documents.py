@@ -1,11 +1,11 @@
-"""Documents from files, standard input or the Hub, one after the other, each with its split: (split, text).
+"""Stream documents from files, standard input or the Hub, each with its split: (split, text).
 
-Everything streams, so that memory stays flat whatever the size of files. What is train and what is val:
-- A document among many in one file (.jsonl, .json, .parquet, text with a separator) goes by a hash of its text, so the
-  split depends neither on the order of documents nor on the files they are in.
-- A large text file gives its end to val. Small text files, such as a folder of articles, go whole to train or val, in
-  the order of a hash. See `validation_parts`.
-In either case a document that occurs twice is never in both splits.
+Everything streams, so memory use does not grow with the files. The split is chosen as follows:
+- For a file of many documents (.jsonl, .json, .parquet, text with a separator), a hash of each document's text decides,
+  so the split depends neither on the order of documents nor on the files they are in.
+- The end of a large text file is validation. Small text files, such as a folder of articles, go whole to train or val,
+  in the order of a hash. See `validation_parts`.
+In both cases a document that occurs twice is never in both splits.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from common.textfile import (
     utf8_size,
 )
 
-# A document is (split, text); `text` is a string, or string parts one after the other where it may not fit in memory.
+# A document is (split, text). `text` is a string, or an iterable of its parts if it may not fit in memory.
 Document = tuple[str, str | Iterable[str]]
 
-PAGE = 4096  # bytes: no text file is cut for a validation part shorter than this, if there are others to take
+PAGE = 4096  # bytes: a text file is not cut for a shorter validation part while whole files can be taken
 
 
 def parts_of(text: str | Iterable[str]) -> Iterable[str]:
-    """A document's text as parts."""
+    """Return a document's text as an iterable of parts."""
     return [text] if isinstance(text, str) else text
 
 
 def split_of(text: str, val_fraction: float) -> str:
-    """'val' for about `val_fraction` of all texts, 'train' for the others; always the same for the same text."""
+    """Return 'val' for about `val_fraction` of all texts, else 'train'; equal texts get equal splits."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
@@ -59,15 +59,18 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read, as the options of `add_reading_options` say."""
+    """How to read files: the options of `add_reading_options`."""
 
     text_field: str = "text"  # the field, or column, that holds the text
-    separator: str | None = None  # what stands between the documents of a text file
-    text_suffixes: tuple[str, ...] = ()  # further endings of names of text files
+    separator: str | None = None  # the string between two documents of a text file
+    text_suffixes: tuple[str, ...] = ()  # further suffixes of plain text files
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Reading":
-        """The values of the parsed options. In the separator, \\n and \\t are a line break and a tab."""
+        """Make a Reading from the parsed options. In the separator, \\n and \\t are a line break and a tab.
+
+        Raises ValueError if the separator is empty.
+        """
         separator = args.document_separator
         if separator is not None:
             separator = separator.replace("\\n", "\n").replace("\\t", "\t")
@@ -89,25 +92,25 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--document_separator",
         metavar="S",
-        help="what stands between two documents in a text file, such as '<|endoftext|>' or '\\n\\n\\n'",
+        help="the string between two documents in a text file, such as '<|endoftext|>' or '\\n\\n\\n'",
     )
     parser.add_argument(
-        "--text_suffix", nargs="+", default=[], metavar="S", help="further endings of text files, such as .py .log"
+        "--text_suffix", nargs="+", default=[], metavar="S", help="suffixes of further text files, such as .py .log"
     )  # fmt: skip
 
 
 class File(NamedTuple):
-    """One file to read, and how."""
+    """A file to read, and its kind."""
 
     path: Path
     name: str  # for messages
-    kind: Literal["text", "json", "parquet", "pipe"]  # of a pipe, the first characters tell whether it is JSON
+    kind: Literal["text", "json", "parquet", "pipe"]  # the first characters of a pipe tell whether it is JSON
 
 
 def find_files(paths: Iterable[str | Path], reading: Reading) -> list[File]:
-    """The files that the paths name: files, '-' for standard input, and folders with all that is known in them.
+    """Return the files that the paths name: files, '-' for standard input, and all known files in folders.
 
-    ValueError for what is missing, empty or of an unknown kind, and for a package that is needed and not installed.
+    Raises ValueError if a file is missing, empty or of an unknown kind, or if a package to read it is not installed.
     """
     files = []
     for path in paths:
@@ -137,7 +140,7 @@ def find_files(paths: Iterable[str | Path], reading: Reading) -> list[File]:
 
 
 def _kind_by_name(path: Path, reading: Reading) -> Literal["text", "json", "parquet"] | None:
-    """How to read a file, by the ending of its name; None if that does not tell. No ending is that of a text file."""
+    """Return the kind of a file by its suffix, None if the suffix is unknown. A file without a suffix is text."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return "parquet"
@@ -149,9 +152,9 @@ def _kind_by_name(path: Path, reading: Reading) -> Literal["text", "json", "parq
 
 
 def _files_in(folder: Path, reading: Reading) -> list[File]:
-    """The known files in the folder and those below it, in the order of their names; others are told on stderr.
+    """Return the known files in the folder and its subfolders, in the order of their names; count others on stderr.
 
-    Hidden files, empty ones, and the files of a prepared corpus are not looked at. A name needs an ending here.
+    Hidden files, empty files and the files of a prepared corpus are skipped. Here a file without a suffix is unknown.
     """
     files, others = [], Counter()
     for place, folders, names in os.walk(folder, onerror=_raise):
@@ -187,15 +190,15 @@ def _installed(package: str) -> bool:
 
 
 def read_documents(paths: Iterable[str | Path], reading: Reading = DEFAULT_READING) -> Iterator[str | Iterator[str]]:
-    """The texts of all documents in the files, without splits. ValueError as from `find_files` and `texts_of`."""
+    """Yield the texts of all documents in the files. Raises ValueError as `find_files` and `texts_of` do."""
     files = find_files(paths, reading)
     return itertools.chain.from_iterable(texts_of(file, reading) for file in files)
 
 
 def texts_of(file: File, reading: Reading) -> Iterator[str | Iterator[str]]:
-    """The text of each document in the file; a text file without a separator is one document, in parts.
+    """Yield the text of each document in the file. A text file without a separator is one document, in parts.
 
-    ValueError names the line (.json list: item, .parquet: row) of what cannot be read.
+    Raises ValueError for a document that cannot be read; it names the line (.json list: item, .parquet: row).
     """
     if file.kind == "parquet":
         yield from _parquet_texts(file, reading.text_field)
@@ -214,7 +217,7 @@ def texts_of(file: File, reading: Reading) -> Iterator[str | Iterator[str]]:
 
 
 def _kind_of(start: str, name: str) -> Literal["text", "json"]:
-    """Whether text is JSON, told by its first characters: an object, or a list that begins with one."""
+    """Tell by its first characters whether a text is JSON: an object, or a list that begins with an object."""
     if re.match(r'\s*(\[\s*)?\{\s*"', start):
         print(f"note: {name} is read as JSON, because it begins like it", file=sys.stderr)
         return "json"
@@ -242,7 +245,7 @@ def _parquet_texts(file: File, field: str) -> Iterator[str]:
 
 
 def _text_of(row: object, field: str, place: str) -> str:
-    """The text of a JSON value: a string, or an object's field."""
+    """Return the text of a JSON value: the value itself if it is a string, or the object's `field`."""
     if isinstance(row, str):
         return _checked(row, "the text", place)
     if isinstance(row, dict) and field in row:
@@ -256,7 +259,7 @@ def _fields(row: Iterable[str]) -> str:
 
 
 def _checked(text: object, what: str, place: str) -> str:
-    """The text, if it is a string of characters."""
+    """Return the text. Raises ValueError if it is not a string, or if it holds half a surrogate pair."""
     if not isinstance(text, str):
         raise ValueError(f"{place}: {what} must be a string, not {type(text).__name__}")
     try:
@@ -269,10 +272,10 @@ def _checked(text: object, what: str, place: str) -> str:
 
 
 class Documents:
-    """The documents of files, each with its split; every iteration starts anew."""
+    """The documents of files, each with its split. Every iteration starts from the beginning."""
 
     def __init__(self, paths: Iterable[str | Path], val_fraction: float, reading: Reading = DEFAULT_READING):
-        """ValueError as from `find_files`. A pipe, which can be read only once, is copied to a temporary file."""
+        """Copy pipes, which can be read only once, to temporary files. Raises ValueError as `find_files` does."""
         self.val_fraction, self.reading = val_fraction, reading
         self._copies: list = []  # temporary files, which are deleted with this object
         files = find_files(paths, reading)
@@ -280,7 +283,7 @@ class Documents:
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes to read, or None where they say little about the text to come: packed files."""
+        """Bytes to read; None if a file is compressed, as its size then says little about its text."""
         packed = any(file.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet") for file in self.files)
         return None if packed else sum(file.path.stat().st_size for file in self.files)
 
@@ -298,7 +301,7 @@ class Documents:
 
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:
-        """(bytes, those of them that are for validation) of each file that is one text, (0, 0) for others."""
+        """For each file that is one text, (bytes, bytes of them for validation); (0, 0) for other files."""
         texts = [i for i, file in enumerate(self.files) if self._is_one_text(file)]
         sizes = [text_size(self.files[i].path, self.files[i].name) for i in texts]
         parts = validation_parts(sizes, lambda i: self._digest(self.files[texts[i]]), self.val_fraction)
@@ -315,7 +318,7 @@ class Documents:
         return file.kind == "text" and self.reading.separator is None
 
     def _copied(self, file: File) -> File:
-        """A copy of a pipe that can be read again."""
+        """Copy a pipe to a temporary file, which can be read again."""
         copy = tempfile.NamedTemporaryFile(prefix="plaingpt-")
         self._copies.append(copy)
         try:
@@ -331,11 +334,14 @@ class Documents:
 
 
 def validation_parts(sizes: list[int], digest: Callable[[int], bytes], val_fraction: float) -> list[int]:
-    """For text files of these sizes in bytes: how many bytes at the end of each are for validation.
+    """Return how many bytes at the end of each text file are for validation; sizes: of the files, in bytes.
 
-    A file that is large, both by itself and beside all of them together, gives its own end. The others go whole to
-    validation, in the order of `digest(i)`, a hash of their text, until these have given their share; the last is cut
-    if all of it would make that share wrong by more than a tenth. Equal texts are treated alike.
+    A large file (its share is at least PAGE bytes, and it is over a tenth of all text) gives its own end. The other
+    files go whole to validation, in the order of `digest(i)`, a hash of their text, until they have given their share.
+    The last of them is cut if all of it would change that share by more than a tenth. Equal texts are treated alike.
+
+    Example: one file of 100,000 bytes and val_fraction 0.1 → [10000]. Ten files of 500 bytes each → one of them gives
+    its 500 bytes, and the others 0.
     """
     total = val_fraction * sum(sizes)
     large = [val_fraction * size >= PAGE and size > total / 10 for size in sizes]
@@ -357,17 +363,17 @@ def validation_parts(sizes: list[int], digest: Callable[[int], bytes], val_fract
 
 
 def divide(parts: Iterable[str], size: int, val_size: int) -> tuple[Iterator[str], Iterator[str]]:
-    """A text of `size` bytes of UTF-8 in two, about `val_size` of them in the second; to be consumed in this order.
+    """Cut a text of `size` bytes of UTF-8 in two, with about `val_size` bytes in the second; read the first one first.
 
-    The place is the line break nearest to `size - val_size`, or else the nearest space, within 5% of `val_size` (or,
-    where that is short, 100 bytes, but at most half of it); or else the nearest character.
+    The cut is at the line break nearest to `size - val_size`, or else at the nearest space, within 5% of `val_size` (or
+    within 100 bytes if that is more, but at most half of `val_size`); or else between two characters.
     """
     target = size - val_size
     tolerance = min(max(val_size // 20, min(val_size // 2, 100)), 1 << 20)
     parts, rest = iter(parts), []
 
     def before() -> Iterator[str]:
-        given, window = 0, ""  # bytes yielded; text that may hold the place
+        given, window = 0, ""  # bytes yielded so far; text that may contain the cut
         for part in parts:
             window += part
             if given + utf8_size(window) >= target + tolerance:
@@ -384,7 +390,7 @@ def divide(parts: Iterable[str], size: int, val_size: int) -> tuple[Iterator[str
     first = before()
 
     def after() -> Iterator[str]:
-        for _ in first:  # nothing, unless the first part was not read to its end
+        for _ in first:  # skip what the caller has not read of the first part
             pass
         yield from rest
         yield from parts
@@ -393,9 +399,9 @@ def divide(parts: Iterable[str], size: int, val_size: int) -> tuple[Iterator[str
 
 
 def nearest_break(text: str, low: int, target: int, high: int) -> int:
-    """The place nearest to `target`, from `low` to `high`, that follows a line break, or else a space; else `target`.
+    """Return the index nearest to `target`, from `low` to `high`, after a line break, or else after a space.
 
-    Neither end of the text is such a place.
+    The start and the end of the text do not count. Returns `target` if there is no such index.
     """
     low, high = max(low, 1), min(high, len(text) - 1)
     for mark in "\n", " ":
@@ -410,7 +416,7 @@ def nearest_break(text: str, low: int, target: int, high: int) -> int:
 
 
 def hub_documents(name: str, subset: str | None, val_fraction: float, field: str = "text") -> Iterator[Document]:
-    """The documents of a data set's train split on the Hugging Face Hub, downloaded as needed."""
+    """Yield the documents of a data set's train split on the Hugging Face Hub, downloaded as needed."""
     for number, row in enumerate(_hub_rows(name, subset), 1):
         text = _text_of(row, field, f"{name}, row {number}")
         yield split_of(text, val_fraction), text
@@ -424,5 +430,5 @@ def _hub_rows(name: str, subset: str | None) -> Iterator[dict]:
         raise ValueError(f"streaming {name} needs the package datasets: pip install datasets, {advice}") from None
     try:
         yield from datasets.load_dataset(name, subset, split="train", streaming=True)
-    except Exception as error:  # what stops a download has many classes, of whichever HTTP library the client uses now
+    except Exception as error:  # a failed download raises many classes, which depend on the HTTP library of the client
         raise ValueError(f"{name} did not arrive ({type(error).__name__}: {error}): try again, {advice}") from error

@@ -1,4 +1,4 @@
-"""The one pool of worker processes: results in order, memory flat, and no process outlives its parent.
+"""A pool of worker processes: results in order, bounded memory, and no worker outlives its parent.
 
 Every worker imports this file first, so it imports little.
 """
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_function: Callable  # in a worker: what it applies to its tasks
+_function: Callable  # in a worker: the function to apply to each task
 
 
 def parallel_map(
@@ -24,9 +24,9 @@ def parallel_map(
 ) -> Iterator[Result]:
     """Yield function(task) for each task, in order, computed by `workers` processes (default: one per CPU).
 
-    `function` and the results travel between processes, so they must be picklable; `function` travels once. At most
-    2 * workers + 1 tasks are in flight, which bounds the memory. Fewer than `few` tasks are done in this process, as
-    workers take about a second to start. ValueError: workers < 1, or a worker was killed.
+    `function`, tasks and results must be picklable; `function` is sent to each worker once. At most 2 * workers + 1
+    tasks are in flight, which bounds the memory. Fewer than `few` tasks run in this process, because workers take about
+    a second to start. Raises ValueError if workers < 1, or if a worker is killed.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: at least 1 is needed")
@@ -55,7 +55,7 @@ def parallel_map(
 
 
 def cpu_count() -> int:
-    """The number of CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

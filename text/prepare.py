@@ -1,4 +1,4 @@
-"""What the data/*/prepare.py commands share: their options, the vocabulary to learn, what to write and to report."""
+"""Shared parts of the data/*/prepare.py commands: options, learning a vocabulary, writing, reporting, downloading."""
 
 import argparse
 import hashlib
@@ -26,9 +26,9 @@ from text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_name
 def corpus_parser(
     description: str, *, output: Path | None, tokenizer: str | int, val_fraction: float
 ) -> argparse.ArgumentParser:
-    """A parser with the common options and these defaults; without `output`, --output must be given.
+    """Return a parser with the common options and these defaults; if `output` is None, --output is required.
 
-    tokenizer: a name as for --tokenizer, or a number as for --vocab_size.
+    tokenizer: the default of --tokenizer (a name) or of --vocab_size (a number).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "default: %(default)s"
@@ -59,14 +59,14 @@ def corpus_parser(
 
 
 def add_vocab_size(parser, default: int | None, shown: int | None = None) -> None:
-    """The option of `learned_tokenizer`."""
+    """Add --vocab_size, the option of `learned_tokenizer`. shown: the default that --help names if default is None."""
     text = "learn a vocabulary of N tokens from the training split (see bpe.py), end-of-text and chat tokens included"
     suffix = f"; default: {default or shown}" if default or shown else ""
     parser.add_argument("--vocab_size", type=int, metavar="N", default=default, help=text + suffix)
 
 
 def learned_tokenizer(documents: Iterable[Document], vocab_size: int, workers: int | None = None) -> BPETokenizer:
-    """A vocabulary that bpe.py learns from those of the documents that are for training."""
+    """Learn a vocabulary from the training documents with bpe.py."""
     texts = (text for split, text, _ in pieces(documents) if split == "train")
     return BPETokenizer(bpe.train(texts, vocab_size, workers=workers, progress=True))
 
@@ -74,14 +74,15 @@ def learned_tokenizer(documents: Iterable[Document], vocab_size: int, workers: i
 def prepare(
     documents: Callable[[], Iterable[Document]], args: argparse.Namespace, total_bytes: int | None = None
 ) -> None:
-    """Write the corpus that `args` (of `corpus_parser`) asks for, and report it.
+    """Write the corpus that `args` (of `corpus_parser`) describes, and print a report.
 
-    `documents()` starts the stream anew: characters and vocabularies are collected in a first reading.
+    documents: called for each pass over the documents; a first pass collects characters or learns a vocabulary.
+    total_bytes: size of the text, if known, for the progress bar.
     """
     check_val_fraction(args.val_fraction)
     chosen = args.tokenizer if args.vocab_size is None else args.vocab_size
     chosen = args.default_tokenizer if chosen is None else chosen
-    with hold_for_writing(args.output):  # from here on, as learning a vocabulary may take long
+    with hold_for_writing(args.output):  # lock it now: learning a vocabulary may take long
         if isinstance(chosen, int):
             tokenizer = learned_tokenizer(documents(), chosen, args.workers)
         else:
@@ -96,20 +97,20 @@ def check_val_fraction(val_fraction: float) -> None:
 
 
 def prepare_files(args: argparse.Namespace) -> None:
-    """`prepare` for the files that --input names."""
+    """Write the corpus of the files that --input names."""
     check_val_fraction(args.val_fraction)
     documents = Documents(args.input, args.val_fraction, Reading.of(args))
     prepare(lambda: documents, args, documents.total_bytes)
 
 
 def prepare_from_hub(description: str, output: Path, name: str, subset: str | None) -> None:
-    """The whole command for the Hub's data set `name`: see `hub_documents`."""
+    """Run the whole command for the Hub's data set `name`: see `hub_documents`."""
     parser = corpus_parser(description, output=output, tokenizer="gpt2", val_fraction=0.0005)
-    text = "read these files or folders, not the Hub"
+    text = "read these files or folders instead of the Hub"
     parser.add_argument("--input", nargs="+", type=expanduser, metavar="FILE", help=text)
     add_reading_options(parser)
     parser.add_argument(
-        "--max_documents", type=int, metavar="N", help="take the first N documents (10000 to try it out); default: all"
+        "--max_documents", type=int, metavar="N", help="use only the first N documents (for a trial 10000); default all"
     )
     args = parser.parse_args()
     check_val_fraction(args.val_fraction)
@@ -125,7 +126,7 @@ def prepare_from_hub(description: str, output: Path, name: str, subset: str | No
 
 
 def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: float) -> None:
-    """Print what a corpus holds, and on stderr what its user may not expect."""
+    """Print the counts of a corpus, and on stderr notes about what its user may not expect."""
     print(f"{os.path.relpath(folder)}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']} tokens")
     for split in SPLITS:
         tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
@@ -135,7 +136,7 @@ def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: f
 
 
 def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float) -> Iterator[str]:
-    """What the user of a corpus may not expect."""
+    """Yield notes about what the user of a corpus may not expect."""
     splits = meta["splits"].values()
     share = meta["splits"]["val"]["bytes"] / sum(split["bytes"] for split in splits)
     if not 2 / 3 < share / val_fraction < 3 / 2:
@@ -159,9 +160,9 @@ def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float) -> Iterator[str
 
 
 def download(url: str, path: str | Path | None = None, sha256: str | None = None) -> bytes:
-    """What the address sends, also kept in the file `path`, which is there whole or not at all.
+    """Download a URL and return its content; also write it to `path`, whole or not at all.
 
-    ValueError when it does not come, breaks off, or does not have that SHA-256.
+    Raises ValueError if the download fails or breaks off, or if its SHA-256 is not `sha256`.
     """
     try:
         with urllib.request.urlopen(url, timeout=20) as response:

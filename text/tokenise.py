@@ -1,4 +1,4 @@
-"""From documents to tokens: documents are cut into pieces, gathered into tasks, and encoded by worker processes."""
+"""Turn documents into tokens: cut them into pieces, group the pieces into tasks, and encode in worker processes."""
 
 import os
 from collections import Counter
@@ -13,8 +13,8 @@ from text.documents import Document, parts_of
 from text.pool import parallel_map
 from text.tokenizer import Tokenizer
 
-PIECE = 1 << 18  # characters: a longer document is cut, so that none is ever held whole
-TASK = 1 << 20  # characters handed to a worker at once: enough to outweigh the hand-over
+PIECE = 1 << 18  # most characters in a piece: longer documents are cut, so that none is held in memory whole
+TASK = 1 << 20  # characters per task of a worker: enough to outweigh the cost of sending them
 
 
 class Piece(NamedTuple):
@@ -30,19 +30,19 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray
     bytes: int  # of the text as UTF-8
-    documents: int  # how many documents end here
+    documents: int  # number of documents that end in this task
     spelled: Counter  # how often the text spells out each special token, which stays ordinary text
 
 
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int | None
 ) -> Iterator[dict[str, Encoded]]:
-    """The tokens of the documents in order, a task at a time, by split; each document ends with the eot_id, if any."""
+    """Yield {split: Encoded} of each task, in order; each document ends with the tokenizer's eot_id, if it has one."""
     return parallel_map(partial(encode, tokenizer, dtype), tasks(pieces(documents)), workers)
 
 
 def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
-    """The documents cut into pieces; empty documents are left out."""
+    """Cut the documents into pieces, and leave out empty documents."""
     for split, text in documents:
         last = ""
         for block in blocks(parts_of(text), PIECE):
@@ -54,7 +54,7 @@ def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
 
 
 def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces gathered to about TASK characters."""
+    """Group the pieces into tasks of about TASK characters."""
     task, size = [], 0
     for piece in pieces:
         task.append(piece)
@@ -67,7 +67,7 @@ def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode(tokenizer: Tokenizer, dtype: np.dtype, task: list[Piece]) -> dict[str, Encoded]:
-    """The task's tokens by split. ValueError for text that the tokenizer does not give back when it decodes."""
+    """Return the task's tokens by split. Raises ValueError if decoding the tokens does not reproduce the text."""
     result = {}
     for split in dict.fromkeys(piece.split for piece in task):
         arrays, size, documents, spelled = [], 0, 0, Counter()
@@ -85,7 +85,7 @@ def encode(tokenizer: Tokenizer, dtype: np.dtype, task: list[Piece]) -> dict[str
 
 
 def check_round_trip(text: str, decoded: str) -> None:
-    """ValueError unless decoded == text; it shows where the two part."""
+    """Raise ValueError unless decoded == text; the message shows the first difference."""
     if decoded == text:
         return
     at = len(os.path.commonprefix([text, decoded]))

@@ -1,9 +1,9 @@
-"""Text to token ids and back: characters, a vocabulary of bpe.py, or any encoding of tiktoken, behind one interface.
+"""Text to token ids and back, by characters, a vocabulary of bpe.py or an encoding of tiktoken: one interface.
 
 Every tokenizer here has `name`, `vocab_size`, `special_tokens` (spelling → id), `eot_id` (the id of the token that ends
 a document, or None), `encode(text)`, `decode(ids)`, `bytes_of(id)`, `content()` and `save(folder)`. `encode` treats
-everything as ordinary text: a special token spelled out in it stays text, so that no document can forge the end of a
-document. `load_tokenizer` reads back what `save` wrote: plain JSON, with a checksum of its own.
+a special token that is spelled out in the text as ordinary text, so no document can forge the end of a document.
+`load_tokenizer` reads what `save` wrote: plain JSON with a checksum.
 """
 
 import difflib
@@ -21,7 +21,7 @@ FILE_NAME = "tokenizer.json"
 
 
 class CharTokenizer:
-    """One id per character, in sorted order; with `eot`, one id more at the end for <|endoftext|>."""
+    """One id per character, in sorted order; with `eot`, one more id at the end for <|endoftext|>."""
 
     def __init__(self, characters: Iterable[str], eot: bool):
         self.characters = "".join(sorted(set(characters)))
@@ -31,12 +31,12 @@ class CharTokenizer:
         self.eot_id = len(self.characters) if eot else None
         self.special_tokens = {EOT: self.eot_id} if eot else {}
         self._spellings = [*self.characters, *([EOT] if eot else [])]
-        # One entry per Unicode code point, -1 for those without an id: encoding is then one numpy look-up per text.
+        # One entry per Unicode code point, -1 for those without an id, so that one numpy look-up encodes a text.
         self._id_of = np.full(0x110000, -1, dtype=np.int32)
         self._id_of[_code_points(self.characters)] = np.arange(len(self.characters))
 
     def encode(self, text: str) -> list[int]:
-        """Return the id of each character. Raises ValueError for one that has none, naming it and its position."""
+        """Return the id of each character. Raises ValueError for an unknown character, with its position."""
         ids = self._id_of[_code_points(text)]
         if ids.size and ids.min() < 0:
             where = int(np.argmax(ids < 0))
@@ -188,7 +188,7 @@ def _from_content(content: object, path: Path) -> Tokenizer:
         return BPETokenizer(BPE.from_content(content, path))
     if isinstance(content, dict):
         content = without_checksum(content, path)  # files of the first version have none
-    match content:  # a further kind of tokenizer is one more case here, and one more name in tokenizer_from_name
+    match content:  # for a new kind of tokenizer, add a case here and a name in tokenizer_from_name
         case {"kind": "char", "characters": str(characters), "eot": bool(eot), **rest} if not rest:
             tokenizer = CharTokenizer(characters, eot)
             if tokenizer.characters != characters:
@@ -210,7 +210,7 @@ def _from_content(content: object, path: Path) -> Tokenizer:
 def tokenizer_from_name(spec: str, texts: Iterable[str] | None = None) -> Tokenizer:
     """Return the tokenizer that `--tokenizer=spec` names: 'char', the path of a saved one, or an encoding of tiktoken.
 
-    'char' reads through `texts` once, to collect their characters.
+    texts: read once for 'char', to collect their characters. Raises ValueError for an unknown name or a bad file.
     """
     if spec == "char":
         if texts is None:
@@ -236,7 +236,7 @@ def _decoded(encoding, ids: list[int]) -> str:
     """Return the text of ids under an encoding of tiktoken."""
     try:
         return encoding.decode(ids)
-    except KeyError:  # some encodings leave a few ids below n_vocab unused, and a young model may pick one
+    except KeyError:  # some encodings leave a few ids below n_vocab unused, and an untrained model may choose one
         return b"".join(_bytes_of(encoding, token) for token in ids).decode(errors="replace")
 
 
@@ -248,7 +248,7 @@ def _bytes_of(encoding, token: int) -> bytes:
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """Return `ids` as a list of ints. Raises ValueError for one that is not in the vocabulary."""
+    """Return `ids` as a list of ints. Raises ValueError for an id outside the vocabulary."""
     ids = ids.tolist() if hasattr(ids, "tolist") else [int(token) for token in ids]
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
