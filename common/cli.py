@@ -1,8 +1,8 @@
-"""What every command shares: how it reports a mistake, runs out of memory, and ends.
+"""Shared by all commands: how they report errors, and how they end.
 
-A user's mistake is one line on stderr and exit status 1, Ctrl-C is one line and status 130; any other exception is a
-bug of ours and keeps its traceback. A command imports this module before any other, because PyTorch takes seconds to
-import, and Ctrl-C must be told in one line even then.
+A user's mistake prints one line on stderr and exits with status 1; Ctrl-C prints one line and exits with status 130.
+Any other exception is a bug of ours and keeps its traceback. A command imports this module before any other: importing
+PyTorch takes seconds, and Ctrl-C must print one line even then.
 """
 
 import errno
@@ -17,13 +17,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
-# The words of PyTorch and NumPy for too little memory, and for a number that does not fit in 64 bits
+# Parts of the messages of PyTorch and NumPy for too little memory, and for a number that does not fit in 64 bits
 OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|ALLOC_FAILED|Storage size"
 ARRAY_TOO_BIG = "array is too big|Maximum allowed dimension exceeded"
 TOO_LARGE = "[Oo]verflow|cannot be represented"
-PATIENCE = 5.0  # seconds; torchrun stops the other processes well before, once one of them has failed
+PATIENCE = 5.0  # seconds; torchrun needs less to stop the other processes when one has failed
 
-# Bidirectional controls can make a line show other text than it holds.
+# Bidirectional controls reorder the characters that a terminal shows.
 DIRECTIONS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 
 
@@ -35,10 +35,11 @@ def run_command(
     main: Callable[[], None], *, if_out_of_memory: str = "give it less at once, or close other programs",
     outlives_readers: bool = False,
 ) -> None:  # fmt: skip
-    """Call `main()`, and turn what a user can cause (see the top of this file) into one line and an exit status.
+    """Call `main()`, and turn every error that a user can cause into one line and an exit status.
 
-    if_out_of_memory: what to change then, naming the command's options.
-    outlives_readers: a command like `train.py | head` goes on in silence when its reader leaves; others end with it.
+    if_out_of_memory: the advice to print when memory runs out; it names the command's options.
+    outlives_readers: whether the command goes on without output when its reader leaves, as in `train.py | head`; other
+    commands end then.
     """
     tolerate_any_text()
     if signal.getsignal(signal.SIGINT) is end_at_once:
@@ -48,11 +49,11 @@ def run_command(
             main()
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader has left, as in `... | head`: nothing to complain of, and the final flush must not complain.
+            # The reader has left, as in `... | head`. That is no error, and the final flush must not report one.
             silence(sys.stdout)
             sys.exit(1)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # further ones change nothing
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore further Ctrl-C
             if rank() == 0:
                 print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -65,11 +66,11 @@ def run_command(
 
 
 def message_of(error: Exception, if_out_of_memory: str) -> str | None:
-    """The one line that tells a user of this error; None if it is a bug of ours."""
+    """Return the line that explains this error to the user; None if the error is a bug of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     words = {RuntimeError: OUT_OF_MEMORY, ValueError: ARRAY_TOO_BIG, MemoryError: ""}
     if any(isinstance(error, kind) and re.search(pattern, text) for kind, pattern in words.items()):
-        text = re.sub(r"^\[enforce fail[^]]*\] [^.]*\. ", "", text)  # the line of PyTorch's source
+        text = re.sub(r"^\[enforce fail[^]]*\] [^.]*\. ", "", text)  # drop the place in PyTorch's source
         return f"out of memory: {if_out_of_memory} ({text[:200]})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return f"{error.strerror}: free some space on the disk, and run the command again"
@@ -81,15 +82,15 @@ def message_of(error: Exception, if_out_of_memory: str) -> str | None:
 
 
 def rank() -> int:
-    """The number of this process among those that torchrun started; 0 if it is the only one."""
+    """Return the rank of this process among those that torchrun started; 0 if it is the only one."""
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def report(message: str) -> None:
-    """Print an error once, however many processes have it.
+    """Print an error once, even if all processes have it.
 
-    Process 0 prints at once. Another one waits first: if process 0 has failed too, torchrun ends this one meanwhile;
-    if not, the error is this process's own, such as a missing GPU, and nobody else would tell it.
+    Process 0 prints at once. Any other process waits first: if process 0 has failed too, torchrun ends this process
+    meanwhile. If not, only this process has the error, such as a missing GPU, so it must print it.
     """
     if rank() == 0:
         print(f"error: {message}", file=sys.stderr)
@@ -99,7 +100,7 @@ def report(message: str) -> None:
 
 
 def end_at_once(_number: int, _frame: object) -> None:
-    """Handle Ctrl-C while modules are imported: there is nothing to tidy up, and half an import cannot go on."""
+    """Handle Ctrl-C during the imports: exit at once, as there is nothing to clean up yet."""
     if rank() == 0:
         with suppress(OSError):  # stderr is closed
             os.write(2, b"interrupted\n")
@@ -107,7 +108,7 @@ def end_at_once(_number: int, _frame: object) -> None:
 
 
 def is_command() -> bool:
-    """Whether Python was started on one of this project's scripts, rather than on a program that imports them."""
+    """Return whether Python runs one of this project's scripts, rather than a program that imports them."""
     path = getattr(sys.modules["__main__"], "__file__", None)
     if path is None:
         return False
@@ -125,7 +126,7 @@ if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handle
 
 
 def tolerate_any_text() -> None:
-    """Let no character that a terminal lacks, no input that is not UTF-8 and no closed stream end the command."""
+    """Keep the command alive on characters that the terminal lacks, input that is not UTF-8, and closed streams."""
     streams = {"stdin": ("r", "surrogateescape"), "stdout": ("w", "replace"), "stderr": ("w", "replace")}
     for name, (mode, errors) in streams.items():
         if getattr(sys, name) is None:  # the caller closed it
@@ -135,7 +136,7 @@ def tolerate_any_text() -> None:
 
 
 class LastingStream:
-    """A text stream that goes on in silence once it cannot be written: its reader has left, its terminal is gone."""
+    """A text stream that discards its output once writing fails, because its reader or its terminal is gone."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -159,7 +160,7 @@ class LastingStream:
 
 @contextmanager
 def lasting(name: str) -> Iterator[None]:
-    """Make sys.stdout or sys.stderr, whichever is named, a lasting stream for the time of the block."""
+    """Replace sys.stdout or sys.stderr, as `name` says, by a LastingStream during the block."""
     stream = getattr(sys, name)
     setattr(sys, name, LastingStream(stream))
     try:
@@ -169,8 +170,8 @@ def lasting(name: str) -> Iterator[None]:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what the stream still holds, and all that follows, to nowhere."""
-    with suppress(OSError):  # a stream in memory has no descriptor
+    """Discard the stream's buffered and all later output."""
+    with suppress(OSError):  # an in-memory stream has no descriptor
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
@@ -178,7 +179,7 @@ def silence(stream: TextIO) -> None:
 
 
 def visible(text: str) -> str:
-    r"""Write control characters as escapes (\x1b, \r), so that a model's text can neither move the cursor nor hide.
+    r"""Replace control characters by escapes (\x1b, \r), so that a model's text cannot control the terminal.
 
     Line breaks and tabs stay.
     """

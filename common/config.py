@@ -1,10 +1,10 @@
-"""From a config file and command-line options to typed dataclasses.
+"""Read config files and command-line options into typed dataclasses.
 
 Notable:
 - a config file is a list of assignments of constants; it is parsed, never executed;
 - all dataclasses of a command share one flat namespace, so any field can be set in a config file or as an option;
-- a field's type says what is allowed (int, bool, Literal["a", "b"], UserPath, unions of these), and the comment behind
-  it is its documentation: checks and --help are made from the dataclass itself.
+- a field's type says what it allows (int, bool, Literal["a", "b"], UserPath, unions of these), and the comment
+  after it is its documentation; checks and --help come from the dataclass itself.
 """
 
 import ast
@@ -32,7 +32,7 @@ UserPath = Annotated[str, "path"]  # the type of a field that holds a path: a le
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}  # fmt: skip
 
-# What other programs, and people in a hurry, call our keys. The names are only suggested, never accepted.
+# Other programs' names for our keys. They are never accepted, but the error for an unknown key suggests ours.
 ALSO_CALLED = {
     "learning_rate": "lr", "weight_decay": "wd", "batch_size": "bs micro_batch_size per_device_train_batch_size",
     "n_layer": "layers n_layers num_layers num_hidden_layers depth", "n_head": "heads n_heads num_heads",
@@ -59,8 +59,8 @@ Values = dict[str, tuple[object, str]]  # key → (value, where it was given)
 def read_config_file(path: str) -> dict[str, object]:
     """Return the assignments of a config file.
 
-    A value is a constant, a key assigned above, or arithmetic on numbers (5 * 8). Raises ValueError, with the line,
-    for anything else; for a file that is missing, the message names the nearest one.
+    A value is a constant, a key assigned above, or arithmetic on numbers (5 * 8). Raises ValueError with the line for
+    anything else, and ValueError if the file is missing; then the message names the most similar file.
     """
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
@@ -81,13 +81,13 @@ def read_config_file(path: str) -> dict[str, object]:
             raise ValueError(f"{where}: a config file holds plain assignments only, like n_layer = 6")
         try:
             values[node.targets[0].id] = value_of(node.value, values)
-        except (ValueError, ArithmeticError, RecursionError) as error:  # for example 1 / 0, or a sum of thousands
+        except (ValueError, ArithmeticError, RecursionError) as error:  # such as 1 / 0, or a sum of thousands of terms
             raise ValueError(f"{where}: {error}") from None
     return values
 
 
 def value_of(node: ast.expr, values: dict[str, object]) -> object:
-    """Evaluate a constant, a name among `values`, or arithmetic on numbers; ValueError for anything else."""
+    """Evaluate a constant, a name in `values`, or arithmetic on numbers; raise ValueError for anything else."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -107,7 +107,7 @@ def value_of(node: ast.expr, values: dict[str, object]) -> object:
 
 
 def suggest_config(path: str) -> str:
-    """What to say of a config file that does not exist: the nearest one that does, or how options are written."""
+    """Return a hint for a missing config file: the file with the most similar name, or how to write options."""
     folders = (Path(path).parent, ROOT / "config")
     known = {file.stem: file.absolute() for folder in folders for file in sorted(folder.glob("*.py"))}
     near = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.5)
@@ -124,9 +124,9 @@ def suggest_config(path: str) -> str:
 def read_arguments(argv: list[str], *classes: type, default: str | None = None) -> Values:
     """Read arguments `[file.py ...] [--key=value | --key value | --switch ...]` for the fields of these dataclasses.
 
-    Returns {key: (value of the field's type, where it was given)}; what comes last wins. default: the config file to
-    read first if the arguments name none. Raises ValueError for an unknown key (with the nearest known one), a missing
-    value, or a value of the wrong type.
+    Returns {key: (value of the field's type, where it was given)}; of several values for a key, the last one counts.
+    default: the config file to read if the arguments name none. Raises ValueError for an unknown key (the message names
+    a similar one), a missing value, or a value of the wrong type.
     """
     fields = fields_of(classes)
     arguments = list(split_arguments(argv, fields))
@@ -142,8 +142,8 @@ def read_arguments(argv: list[str], *classes: type, default: str | None = None) 
 def split_arguments(argv: list[str], fields: dict[str, dataclasses.Field]) -> Iterator[tuple[str | None, object]]:
     """Yield (key, value) for each option and (None, path) for each config file.
 
-    The word after `--key` is its value unless it is an option itself. A switch (a field that can be True) needs none,
-    and does not take a config file for its value: `--compile config/x.py` is --compile=True and a config file.
+    The word after `--key` is its value unless that word is an option itself. A switch (a field that can be True) needs
+    no value, and never takes a config file as its value: `--compile config/x.py` is --compile=True and a config file.
     """
     words = deque(argv)
     while words:
@@ -171,7 +171,7 @@ def split_arguments(argv: list[str], fields: dict[str, dataclasses.Field]) -> It
 
 
 def choices_of(kind: object) -> list:
-    """List what a field's type allows: values where they can be listed, else types.
+    """List the values that a field's type allows, or the types where the values cannot be listed.
 
     bool | Literal["auto"] → [True, False, "auto"];  int | None → [int, NoneType];  UserPath → [UserPath]
     """
@@ -185,14 +185,14 @@ def choices_of(kind: object) -> list:
 
 
 def is_value(choice: object) -> bool:
-    """Tell the values in `choices_of` from the types."""
+    """Return whether an item of `choices_of` is a value and not a type."""
     return isinstance(choice, bool | int | float | str)
 
 
 def convert(value: object, kind: object) -> object:
-    """Return the value as `kind`: text from the command line is parsed, 1 becomes 1.0, ~ the home folder.
+    """Convert the value to `kind`: text from the command line is parsed, 1 becomes 1.0, ~ becomes the home folder.
 
-    Raises ValueError if something would be lost or the value is not allowed. A union takes the first type that fits.
+    A union takes the first type that fits. Raises ValueError if information would be lost or the value is not allowed.
     """
     for choice in choices_of(kind):
         try:
@@ -205,7 +205,7 @@ def convert(value: object, kind: object) -> object:
 
 
 def convert_to_type(value: object, kind: object) -> object:
-    """`convert` for a single type: int, float, bool, str, NoneType or UserPath."""
+    """Convert the value to a single type: int, float, bool, str, NoneType or UserPath; see `convert`."""
     if kind is UserPath:
         return os.path.expanduser(str(convert_to_type(value, str)))
     if isinstance(value, str) and kind is not str:
@@ -225,7 +225,7 @@ def convert_to_type(value: object, kind: object) -> object:
 
 
 def typed(key: str, value: object, source: str, fields: dict[str, dataclasses.Field]) -> object:
-    """The value as the type of the field `key`; a ValueError names the key, the value, and what is expected."""
+    """Convert the value to the type of the field `key`. A ValueError names key, value and allowed values."""
     kind = field_of(key, source, fields).type
     try:
         return convert(value, kind)
@@ -235,7 +235,7 @@ def typed(key: str, value: object, source: str, fields: dict[str, dataclasses.Fi
 
 
 def expected(kind: object, value: object) -> str:
-    """Describe what a field's type allows, for the message that refuses `value`."""
+    """Describe the values that a field's type allows, for the error message about `value`."""
     choices = choices_of(kind)
     if kind is bool:
         return "of type bool (True or False)"
@@ -248,12 +248,12 @@ def expected(kind: object, value: object) -> str:
 
 
 def fields_of(classes: tuple[type, ...]) -> dict[str, dataclasses.Field]:
-    """The fields of the dataclasses by name; together they are one flat namespace."""
+    """Return the fields of all these dataclasses by name, as one flat namespace."""
     return {field.name: field for c in classes for field in dataclasses.fields(c)}
 
 
 def field_of(key: str, source: str, fields: dict[str, dataclasses.Field]) -> dataclasses.Field:
-    """The field of that name. Raises ValueError for an unknown key, and names the one that was probably meant."""
+    """Return the field `key`. Raises ValueError for an unknown key; the message suggests a known one."""
     if key in fields:
         return fields[key]
     plain = key.replace("-", "_").lower()
@@ -267,9 +267,9 @@ def field_of(key: str, source: str, fields: dict[str, dataclasses.Field]) -> dat
 
 
 def nearest(name: str, keys: list[str]) -> str | None:
-    """The key that a user who wrote `name` probably meant.
+    """Return the key that a user who wrote `name` probably meant.
 
-    Tried in this order: the key itself, another name of it ("lr"), part of it ("momentum"), a spelling like it.
+    The first match counts: the key itself, another name of it ("lr"), a part of it ("momentum"), a similar spelling.
     """
     also_called = [key for key in keys if name in ALSO_CALLED.get(key, "").split()]
     parts = [key for key in keys if set(name.split("_")) <= set(key.split("_"))]
@@ -282,9 +282,9 @@ def nearest(name: str, keys: list[str]) -> str | None:
 
 
 def build(values: Values, *classes: type) -> list:
-    """Make one instance of each dataclass from {key: (value, where it was given)}; the rest keeps its default.
+    """Make one instance of each dataclass from {key: (value, where it was given)}; other fields keep their defaults.
 
-    Raises ValueError for an unknown key, a value of the wrong type, or what a dataclass itself refuses.
+    Raises ValueError for an unknown key, a value of the wrong type, or a value that a dataclass rejects.
     """
     fields = fields_of(classes)
     converted = {key: typed(key, value, source, fields) for key, (value, source) in values.items()}
@@ -293,7 +293,7 @@ def build(values: Values, *classes: type) -> list:
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers within all of its limits: `at_least(0).below(1)`."""
+    """A range of numbers, given by its limits: `at_least(0).below(1)`."""
 
     limits: tuple[tuple[str, Callable[[float, float], bool], float], ...]
 
@@ -330,9 +330,9 @@ def check_ranges(config: object, **ranges: Range) -> None:
 
 
 def help_text(usage: str, *classes: type, defaults: dict[str, object] | None = None) -> str:
-    """What --help prints: every key with its default, its choices, and the comment behind it in the source.
+    """Return the text of --help: every key with its default, its choices, and the comment after it in the source.
 
-    defaults: values that replace a dataclass's own default.
+    defaults: key → the default to show instead of the dataclass's own.
     """
     lines = [usage.strip()]
     for c in classes:
@@ -348,7 +348,7 @@ def help_text(usage: str, *classes: type, defaults: dict[str, object] | None = N
 
 
 def comments_of(c: type) -> dict[str, str]:
-    """The comments behind the fields of a dataclass, by field."""
+    """Return {field: comment after it in the source} for a dataclass."""
     source = textwrap.dedent(inspect.getsource(c))
     comments = {
         token.start[0]: token.string.lstrip("# ")

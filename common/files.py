@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all, locks on folders, and JSON with clear errors.
+"""Atomic writes, locks on folders, and JSON with clear errors.
 
 Notable:
-- a file is written under a temporary name of its own, synced to the disk and renamed, so that a kill or a power loss at
-  any moment leaves the old file or the new one, and of two writers one wins whole;
-- what cannot be written is told with the file's name and, for a full disk, with what to do about it.
+- a file is written under a unique temporary name, synced to the disk and renamed. A kill or a power loss at any moment
+  therefore leaves the old file or the new one, and two writers never mix their content;
+- an error of writing names the file, and for a full disk it says what to do.
 """
 
 import errno
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # disk, quota, limit of a file's size
+FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # disk, quota or file size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG) 
 
 
 class WriteError(OSError):
-    """A file that could not be written: filename says which, strerror why and what to do about it."""
+    """A file could not be written: `filename` names it, `strerror` says why and what to do."""
 
     def __str__(self) -> str:
         return f"cannot write {self.filename}: {self.strerror}"
@@ -38,9 +38,9 @@ class WriteError(OSError):
 
 @contextmanager
 def errors_name(path: str | os.PathLike) -> Iterator[None]:
-    """While something is written to `path`: an OSError becomes a WriteError that names it, and a full disk's remedy.
+    """Turn an OSError in the block, which writes `path`, into a WriteError that names `path` and says what to do.
 
-    Errors of files that lie elsewhere, and the end of a pipe's reader, pass as they are.
+    Errors of files in other folders, and BrokenPipeError, pass unchanged.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def errors_name(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a file to be written whole: it takes the place of `path` when the block ends, and never if the block fails.
+    """Open a temporary file for writing; it replaces `path` when the block ends, and is deleted if the block fails.
 
     mode: "w" (UTF-8 text, line ends as they are) or "wb". The new file has the permissions of the old one, or those
     that open() gives. A link is followed; a pipe or a device is written to directly. Raises WriteError.
@@ -86,7 +86,7 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Wait until the file's content is on the disk; for a folder, its list of names (Windows needs no such call)."""
+    """Wait until a file's content, or a folder's list of names, is on the disk (Windows syncs folders itself)."""
     if os.name == "nt" and os.path.isdir(path):
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -97,7 +97,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write the text and a line break to the file, whole or not at all; see `replacing`."""
+    """Write the text and a line break to the file, whole or not at all. Raises WriteError; see `replacing`."""
     with replacing(path) as file:
         file.write(text + "\n")
 
@@ -108,13 +108,13 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 
 @contextmanager
 def locked(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
-    """Hold a lock on the folder, which is made if need be, for as long as the block runs.
+    """Hold a lock on the folder during the block; make the folder if it does not exist.
 
-    Raises ValueError at once if another process holds it: the message names that process, and ends with "stop it, or"
-    and `otherwise`. The system releases the lock when its process ends, however it ends.
+    Raises ValueError at once if another process holds the lock: the message names that process, and ends with "stop
+    it, or" and `otherwise`. The system releases the lock when the process ends, even if it is killed.
     """
     folder = Path(folder)
-    holder = folder / ".lock.json"  # beside the lock: Windows lets nobody read a locked file
+    holder = folder / ".lock.json"  # not in the lock file itself, which Windows lets nobody read
     with errors_name(folder / ".lock"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0, thread_local=False)
@@ -135,11 +135,11 @@ def locked(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
 
 
 def describe(holder: Path) -> str:
-    """Describe the process that holds a lock, from what it wrote down of itself."""
+    """Describe the process that holds a lock, as its file `holder` does."""
     try:
         found = read_json(holder)
         return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
-    except (ValueError, TypeError, KeyError):  # it is just starting or ending, or was written by an earlier version
+    except (ValueError, TypeError, KeyError):  # the process is starting or ending, or an earlier version wrote the file
         return "another process"
 
 
@@ -153,7 +153,7 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 
 
 def read_json(path: str | os.PathLike, what: str = "a vocabulary") -> Any:
-    """Return the content of a JSON file. Raises ValueError if there is none; `what` says what it should have been."""
+    """Return the content of a JSON file. Raises ValueError if it cannot be read; `what` names the expected content."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -163,5 +163,5 @@ def read_json(path: str | os.PathLike, what: str = "a vocabulary") -> Any:
 
 
 def checksum(content: object) -> str:
-    """SHA-256 of JSON content, in hex; it does not depend on the order of keys or on the layout of the file."""
+    """Return the SHA-256 of JSON content, in hex. The order of keys and the layout of the file do not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

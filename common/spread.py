@@ -1,4 +1,4 @@
-"""Choosing a few of many, evenly."""
+"""Choose evenly spread indices."""
 
 
 def evenly(n: int, total: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Text files, however packed and encoded, and the JSON values in them, read in parts so that memory stays flat.
+"""Read text files, compressed or not, in any Unicode encoding, and JSON values in them, in parts of bounded size.
 
-A file is unpacked as the ending of its name says (.gz, .bz2, .xz, .zst), and decoded as its byte order mark says, or
-else as UTF-8. Every error is a ValueError that names the file and the line or item.
+The suffix tells how to decompress a file (.gz, .bz2, .xz, .zst); the byte order mark tells its encoding, which is
+UTF-8 without one. Every error is a ValueError that names the file and the line or item.
 """
 
 import bz2
@@ -19,9 +19,9 @@ from pathlib import Path
 
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 1 << 20  # bytes read at once
-LONGEST = 1 << 27  # characters of one line or JSON value, each of which is held in memory whole
+LONGEST = 1 << 27  # most characters of a line or JSON value, which is held in memory whole
 
-# Byte order marks. UTF-32's begins with UTF-16's, so it comes first.
+# Byte order marks. The mark of UTF-32 begins with that of UTF-16, so it comes first.
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -32,12 +32,12 @@ MARKS = (
 
 
 def read_text(path: str | Path) -> str:
-    """The whole text of a file, or of standard input ('-')."""
+    """Return the whole text of a file, or of standard input ('-')."""
     return "".join(text_parts(path))
 
 
 def check_text(text: str) -> str:
-    """Return the text. Raises ValueError for half a surrogate pair, which is no character and has no bytes."""
+    """Return the text. Raises ValueError if it holds half a surrogate pair, which is not a character."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
@@ -48,7 +48,7 @@ def check_text(text: str) -> str:
 
 
 def text_parts(path: str | Path, name: str | None = None) -> Iterator[str]:
-    """The text of a file, or of standard input ('-'), in parts. `name` stands for the path in messages."""
+    """Yield the text of a file, or of standard input ('-'), in parts; name: for messages, by default the path."""
     path = Path(path)
     name = name or ("standard input" if path == Path("-") else str(path))
     blocks = byte_blocks(path, name)
@@ -76,7 +76,7 @@ def text_parts(path: str | Path, name: str | None = None) -> Iterator[str]:
 
 
 def text_size(path: Path, name: str) -> int:
-    """The size of a file's text in bytes of UTF-8, for which only packed files and other encodings are read through."""
+    """Return the size of a file's text in bytes of UTF-8; only compressed files and other encodings are read for it."""
     with open(path, "rb") as file:
         encoding = _encoding_of(file.read(4))
     if path.suffix.lower() in PACKED_SUFFIXES or not encoding.startswith("utf-8"):
@@ -89,7 +89,7 @@ def utf8_size(text: str) -> int:
 
 
 def byte_blocks(path: Path, name: str) -> Iterator[bytes]:
-    """The bytes of a file, or of standard input ('-'), unpacked, in blocks of at most BLOCK bytes or little more."""
+    """Yield the decompressed bytes of a file, or of standard input ('-'), in blocks of about BLOCK bytes or less."""
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     suffix = path.suffix.lower()
     try:
@@ -107,9 +107,9 @@ def byte_blocks(path: Path, name: str) -> Iterator[bytes]:
 
 
 def _zstd_blocks(path: Path, name: str) -> Iterator[bytes]:
-    """The bytes of a .zst file, which may be several compressed frames one after the other.
+    """Yield the bytes of a .zst file, which may be several compressed frames one after the other.
 
-    The library's own file reader takes a file that is cut short for a whole one, so each frame's end is checked here.
+    The library's own file reader does not notice that a file is cut short, so this function checks each frame's end.
     """
     try:
         import zstandard
@@ -118,7 +118,7 @@ def _zstd_blocks(path: Path, name: str) -> Iterator[bytes]:
     unpacker, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
     try:
         with open(path, "rb") as file:
-            while packed := file.read(1 << 13):  # little at once, as it may unpack to thousands of times as much
+            while packed := file.read(1 << 13):  # small reads: the data may decompress to thousands of times their size
                 while packed:
                     frame = frame or unpacker.decompressobj()
                     if block := frame.decompress(packed):
@@ -131,7 +131,7 @@ def _zstd_blocks(path: Path, name: str) -> Iterator[bytes]:
 
 
 def _encoding_of(head: bytes) -> str:
-    """The encoding that a file's first bytes tell."""
+    """Return the encoding of a file by its byte order mark, which `head` begins with; UTF-8 without one."""
     return next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8")
 
 
@@ -144,7 +144,7 @@ def _utf16_order(head: bytes) -> str:
 
 
 def _convert(path: Path, name: str, encoding: str) -> str:
-    """The advice to convert a file, or the pipe whose copy it is, as the name that differs from the path tells."""
+    """Return the advice to convert a file; if its name differs from its path, the file is the copy of a pipe."""
     command = f"iconv -f {encoding} -t utf-8"
     if name != str(path):
         return f"send it through {command}"
@@ -156,7 +156,7 @@ def _convert(path: Path, name: str, encoding: str) -> str:
 
 
 def split_text(parts: Iterable[str], separator: str, name: str) -> Iterator[str]:
-    """What stands between the separators. ValueError if it is longer than LONGEST characters."""
+    """Split a text that comes in parts. Raises ValueError if a piece is longer than LONGEST characters."""
     rest = ""
     for part in parts:
         *whole, rest = (rest + part).split(separator)
@@ -167,9 +167,9 @@ def split_text(parts: Iterable[str], separator: str, name: str) -> Iterator[str]
 
 
 def json_values(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
-    """(place, value) of each line of JSON lines, or of each item of a JSON list; the first character tells which.
+    """Yield (place, value) of each line of JSON lines, or of each item of a JSON list; the first character tells which.
 
-    The place is for messages: the file's name with the line or the item's number.
+    place: for messages, the file's name and the number of the line or item.
     """
     parts = iter(parts)
     first = next(parts, "")
@@ -191,9 +191,9 @@ def _line_values(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]
 
 
 def _list_items(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
-    """The items of a JSON list, each decoded as soon as it has arrived."""
+    """Yield (place, value) of each item of a JSON list, as soon as the item is complete."""
     text, number = "", 0
-    mark = re.compile(r"\s*([\[,\]])\s*")  # what stands before an item, or ends the list
+    mark = re.compile(r"\s*([\[,\]])\s*")  # the mark before an item, or the end of the list
     expected = "["
     for part in itertools.chain(parts, [None]):
         text += part or ""
@@ -203,7 +203,7 @@ def _list_items(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]
             if found[1] == "]" and expected == ",":
                 at, expected = end, ""
                 break
-            if found[1] != expected or end == len(text):  # not what must come here, or no item behind it yet
+            if found[1] != expected or end == len(text):  # not the expected mark, or the item after it is still to come
                 break
             if expected == "[" and text[end] == "]":  # an empty list
                 at, expected = end + 1, ""
@@ -230,7 +230,7 @@ def _reason(error: Exception) -> str:
 
 
 def _may_be_incomplete(error: Exception, text: str) -> bool:
-    """Whether the rest of the text, still to come, may make the JSON value valid."""
+    """Return whether more text could make the JSON value valid."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - 8
