@@ -1,11 +1,11 @@
-"""Byte-level BPE vocabularies to and from the tokenizer.json of Hugging Face tokenizers, with the same ids.
+"""Convert byte-level BPE vocabularies to and from the tokenizer.json of Hugging Face tokenizers, with the same ids.
 
     python -m formats.tokenizer_json import tokenizer.json mine.bpe
     python -m formats.tokenizer_json export mine.bpe tokenizer.json
 
-What a tokenizer.json does to a text and a vocabulary of bpe.py would not do is refused by name, so that an imported
-vocabulary gives the ids of Hugging Face for every text. One thing differs on purpose: the spelling of a special token
-is ordinary text here, as with `encode_special_tokens = True` there.
+An imported vocabulary gives the ids of Hugging Face for every text. If a tokenizer.json does something that bpe.py
+cannot do, the import fails and names it. One thing differs on purpose: a special token that is spelled out in a text is
+ordinary text here, as with `encode_special_tokens = True` there.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from common.files import read_json, write_whole
 from text.chunks import PATTERNS, check_expression
 from text.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer, load_tokenizer
 
-# Hugging Face's regular expressions are Ruby's, where {1,3}+ means any number of {1,3}, and not "possessive".
+# Hugging Face uses Ruby's regular expressions, where {1,3}+ repeats {1,3} and is not a possessive quantifier.
 REPEATED = re.compile(r"\{[0-9]*,?[0-9]*\}\+")
 RUBY_PATTERNS = {name: pattern.replace("{1,3}+", "{1,3}") for name, pattern in PATTERNS.items()}
-DROPPABLE = ("post_processor", "truncation", "padding")  # what a tokenizer.json does beyond encoding a text
+DROPPABLE = ("post_processor", "truncation", "padding")  # parts of a tokenizer.json that do more than encode a text
 
 
 def byte_characters() -> dict[int, str]:
@@ -46,8 +46,9 @@ BYTE_OF = {character: byte for byte, character in byte_characters().items()}
 def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     """Write the vocabulary as a tokenizer.json of Hugging Face tokenizers, with the same ids.
 
-    tiktoken, which encodes here, merges any two neighbours that together are a token. So that Hugging Face does the
-    same, every way to cut a token in two becomes a merge. Raises ValueError for what such a file cannot say.
+    tiktoken, which encodes here, merges any two neighbours that together are a token. To make Hugging Face do the same,
+    every way to cut a token in two becomes a merge: "abc" gives the merges (a, bc) and (ab, c), if "bc" and "ab" are
+    tokens. Raises ValueError if a tokenizer.json cannot express the vocabulary.
     """
     spelled = byte_characters()
     spell = {token: "".join(map(spelled.__getitem__, token)) for token in bpe.ranks}
@@ -56,7 +57,7 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     if len(vocab) < len(bpe.ranks) + len(named):
         raise ValueError("a special token is spelled like an ordinary one, which a tokenizer.json cannot tell apart")
     for special, matched in itertools.product(bpe.special_tokens, bpe.matched_tokens):
-        if overlap(special, matched):  # Hugging Face would look for both at once
+        if overlap(special, matched):  # Hugging Face searches for both at once
             raise ValueError(f"the special token {special!r} and the matched token {matched!r} overlap, so that a "
                              "tokenizer.json cannot say which of them is found")  # fmt: skip
     pattern = RUBY_PATTERNS.get(bpe.pattern, bpe.pattern)
@@ -64,7 +65,7 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
         raise ValueError(f"the pattern {pattern!r} means something else in a tokenizer.json: {reason}")
     tokens, merges = list(bpe.ranks), []
     for token, (left, _) in zip(tokens[256:], bpe.merges, strict=True):
-        learned = len(tokens[left - bpe.first_id])  # the cut that was learned comes first, for `import` to find
+        learned = len(tokens[left - bpe.first_id])  # the learned cut comes first, so that `import` finds it
         for cut in sorted(range(1, len(token)), key=lambda cut: cut != learned):
             if token[:cut] in spell and token[cut:] in spell:
                 merges.append((spell[token[:cut]], spell[token[cut:]]))
@@ -89,7 +90,7 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
 
 
 def vocabulary_of(tokenizer: Tokenizer, path: str | os.PathLike) -> BPE:
-    """Return the vocabulary of a tokenizer, to which special tokens may have been added for conversations.
+    """Return the vocabulary of a tokenizer, with the special tokens of an ExtendedTokenizer.
 
     Raises ValueError for a tokenizer that has no merges; path is for the message only.
     """
@@ -124,8 +125,8 @@ def import_tokenizer_json(path: str | os.PathLike, eot: str | None = None, drop:
 
     Its special added tokens are special tokens here, its other added tokens are matched tokens.
     eot: the token that ends a document, such as "</s>"; by default <|endoftext|>, if there is one.
-    drop: which of DROPPABLE to leave out; a file that has them is refused otherwise.
-    Raises ValueError for other kinds of tokenizers, and, naming it, for what a vocabulary of bpe.py would do otherwise.
+    drop: the parts of DROPPABLE to ignore; without it, a file with such a part is an error.
+    Raises ValueError for other kinds of tokenizers, and for a setting under which bpe.py would give other ids.
     """
     content = read_json(path, "a tokenizer.json")
     try:
@@ -167,7 +168,7 @@ def token_bytes(name: str, path: str | os.PathLike) -> bytes:
 
 
 def _merges(merges: list, ids: dict[bytes, int], path: str | os.PathLike) -> Iterator[Merge]:
-    """Yield the merges of a tokenizer.json, in which each is a pair, or in older files one string."""
+    """Yield the merges of a tokenizer.json; each is a pair, or in older files a string with a space."""
     for merge in merges:
         names = merge.split(" ") if isinstance(merge, str) else merge
         left, right = (token_bytes(name, path) for name in names)
@@ -179,7 +180,7 @@ def _merges(merges: list, ids: dict[bytes, int], path: str | os.PathLike) -> Ite
 
 
 def _check_kind(content: dict, path: str | os.PathLike) -> None:
-    """Raise ValueError unless the model is byte-level BPE and the text is encoded as it is."""
+    """Raise ValueError unless the model is byte-level BPE that encodes the text unchanged."""
     model = content["model"]
     if model["type"] != "BPE":
         raise ValueError(f"{path} is a {model['type']} tokenizer, not byte-level BPE")
@@ -192,7 +193,7 @@ def _check_kind(content: dict, path: str | os.PathLike) -> None:
 
 
 def steps_of(step: dict | None, inner: str) -> list[dict]:
-    """Return the steps of a Sequence, and of the Sequences in it, under the key `inner`; none for null."""
+    """Return the steps of a (nested) Sequence as a flat list; inner: the key of a Sequence's list. [] for None."""
     if step is None:
         return []
     if step["type"] != "Sequence":
@@ -201,7 +202,7 @@ def steps_of(step: dict | None, inner: str) -> list[dict]:
 
 
 def addition(name: str, setting: dict | None) -> str:
-    """Return what one of DROPPABLE does to the ids of a text, as the rest of a sentence; "" for nothing."""
+    """Describe what a part in DROPPABLE does to the ids of a text, as the rest of a sentence; "" for nothing."""
     if setting is None:
         return ""
     if name == "truncation":
@@ -224,9 +225,9 @@ def addition(name: str, setting: dict | None) -> str:
 def added_tokens(
     content: dict, eot: str | None, path: str | os.PathLike
 ) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
-    """Return the special and the matched tokens of a tokenizer.json, spelling → id. The end token is a special one.
+    """Return the special and the matched tokens of a tokenizer.json, {spelling: id} each. `eot` is a special token.
 
-    Raises ValueError for an unknown end token, an id that two tokens share, and a token that is not matched as it is.
+    Raises ValueError if `eot` is unknown, if two tokens share an id, or if the options of a token are not supported.
     """
     vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
     named = {token["content"]: token["id"] for token in added}
@@ -267,15 +268,15 @@ def overlap(a: str, b: str) -> bool:
 
 
 def _learned_merges(ids: dict[bytes, int], pairs: list[Merge], path: str | os.PathLike) -> list[tuple[int, int]]:
-    """Return how each token but the bytes is made of two older ones, in the order of ids.
+    """Return, for each token but the bytes, the two older ids that are merged into it, in the order of ids.
 
-    Raises ValueError if one is not, or if the order of ids is not that of the merges, by which encoding here goes.
+    Raises ValueError if there are none, or if the ids are not in the order of the merges, as encoding here needs.
     """
     numbers = list(ids.values())
     made: dict[int, tuple[int, int]] = {}
     for id, left, right in pairs:
         if max(ids[left], ids[right]) < id:
-            made.setdefault(id, (ids[left], ids[right]))  # of several ways to make a token, the first
+            made.setdefault(id, (ids[left], ids[right]))  # the first of several ways to make the token
     order = [id for id, _, _ in pairs]
     if order != sorted(order):
         raise ValueError(f"{path}: its ids do not follow the order of its merges, which encoding here relies on")
@@ -290,10 +291,10 @@ def _learned_merges(ids: dict[bytes, int], pairs: list[Merge], path: str | os.Pa
 
 
 def _check_reachable(ids: dict[bytes, int], pairs: list[Merge], whole: bool, path: str | os.PathLike) -> None:
-    """Raise ValueError for a token that encoding here uses where Hugging Face's merges do not arrive at it.
+    """Raise ValueError for a token that encoding here produces and Hugging Face's merges do not.
 
     tiktoken looks a whole chunk up before it merges (Hugging Face: only if `whole`, its ignore_merges), and merges any
-    two neighbours that together are a token, whereas Hugging Face merges the listed pairs only. For instance, if "bc"
+    two neighbours that together are a token; Hugging Face merges the listed pairs only. For instance, if "bc"
     and then "abc" were made of "a" and "bc", but an older merge makes "ab", Hugging Face cuts "abc" into "ab" and "c".
     Merging does not depend on what surrounds a token, so it is enough to encode every token by itself.
     """
@@ -312,7 +313,7 @@ def _check_reachable(ids: dict[bytes, int], pairs: list[Merge], whole: bool, pat
 
 
 def merge_by_rank(token: bytes, rank: Callable[[bytes, bytes], int | None]) -> list[bytes]:
-    """Merge the bytes of a token: of all neighbours that have a rank the lowest goes first, of equals the leftmost."""
+    """Merge the bytes of a token: the neighbours with the lowest rank first, of equals the leftmost; None: no merge."""
     word = [bytes([byte]) for byte in token]
     while True:
         ranked = [(n, i) for i in range(len(word) - 1) if (n := rank(word[i], word[i + 1])) is not None]
@@ -331,10 +332,10 @@ def _readable(token: bytes) -> str:
 
 
 def hugging_face_pattern(pre_tokenizer: dict | None, path: str | os.PathLike) -> str:
-    """Return the pattern by which a tokenizer.json cuts text, as bpe.py spells it.
+    """Convert the pre-tokenizer of a tokenizer.json to a pattern of bpe.py.
 
-    What the pattern leaves out is a chunk of its own there, and here too. Raises ValueError, naming the obstacle, for a
-    text that is cut in several steps, or otherwise.
+    Text that the pattern does not match is a chunk of its own, there and here. Raises ValueError if the pre-tokenizer
+    has several steps, or a step that is not supported; the message names it.
     """
     patterns, steps = [], steps_of(pre_tokenizer, "pretokenizers")
     for step in steps:
@@ -362,7 +363,7 @@ def hugging_face_pattern(pre_tokenizer: dict | None, path: str | os.PathLike) ->
 
 
 def _split_pattern(step: dict, path: str | os.PathLike) -> str:
-    """Return the regular expression of a Split. Raises ValueError if it does not keep all text as separate chunks."""
+    """Return the regular expression of a Split. Raises ValueError if it drops text or joins chunks."""
     [(kind, pattern)] = step["pattern"].items()
     pattern = re.escape(pattern) if kind == "String" else pattern
     behavior, invert = step["behavior"], step["invert"]
@@ -374,7 +375,7 @@ def _split_pattern(step: dict, path: str | os.PathLike) -> str:
 
 
 def matches_all(pattern: str) -> bool:
-    """Return whether the pattern leaves none of Unicode's characters out, one after the other and between spaces."""
+    """Return whether the pattern matches all of Unicode's characters, side by side and between spaces."""
     if pattern in RUBY_PATTERNS.values():
         return True
     expression = check_expression(pattern)
@@ -384,7 +385,7 @@ def matches_all(pattern: str) -> bool:
 
 
 def means_something_else(pattern: str) -> str:
-    """Return what in a regular expression Ruby, whose kind Hugging Face uses, and tiktoken read differently, or ""."""
+    """Describe what Hugging Face (Ruby) and tiktoken read differently in a regular expression; "" for nothing."""
     if pattern in RUBY_PATTERNS.values():
         return ""
     if REPEATED.search(pattern):
@@ -415,7 +416,7 @@ def main() -> None:
             sub.add_argument("--eot", metavar="NAME", help=f"the token that ends a document; default: {EOT}")
             sub.add_argument(
                 "--drop", action="append", default=[], choices=DROPPABLE, metavar="WHAT",
-                help="leave out what the file does beyond encoding a text (may be repeated): " + ", ".join(DROPPABLE),
+                help="ignore a part that does more than encode a text (may be repeated): " + ", ".join(DROPPABLE),
             )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.command == "export":

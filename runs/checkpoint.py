@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, verified when they are loaded, and unable to run code.
+"""Checkpoints: written whole or not at all, verified when they are loaded, and free of executable code.
 
     out_dir/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  state.json  manifest.json
 
 A checkpoint is written under a temporary name, synced to disk and renamed. Its manifest holds the SHA-256 of every
-file. All of it is JSON and raw arrays. There is no random state to save, since batches and dropout are pure functions
+file. All files are JSON or raw arrays. There is no random state to save, since batches and dropout are pure functions
 of (seed, step).
 """
 
@@ -23,7 +23,7 @@ from model import GPT
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = {"format": "plaingpt-checkpoint", "version": 1}
-KEPT = 2  # the newest so many are kept, besides the best
+KEPT = 2  # number of newest checkpoints to keep, besides the best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,12 +31,13 @@ KEPT = 2  # the newest so many are kept, besides the best
 
 
 def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: dict) -> Path:
-    """Save step state["step"], and delete all older ones but the best (lowest state["val_loss"]) and the last two.
+    """Save a checkpoint of step state["step"]; delete all but the best (lowest state["val_loss"]) and the last two.
 
-    Returns the checkpoint's folder. A crash at any moment leaves the previous checkpoints as they were.
+    Returns the checkpoint's folder. A crash at any moment leaves the previous checkpoints intact. Raises ValueError if
+    the files cannot be written.
     """
     parent = Path(out_dir) / "checkpoints"
-    for leftover in parent.glob(".*.tmp"):  # of a save that was killed
+    for leftover in parent.glob(".*.tmp"):  # left by a save that was killed
         shutil.rmtree(leftover)
     folder = parent / f"step_{state['step']:08d}"
     temporary = parent / f".{folder.name}.tmp"
@@ -45,7 +46,7 @@ def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: di
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"cannot write {folder}: {error}; make room, then --init_from=resume") from None
-    if folder.exists():  # the same step again, of a run that went back to an older checkpoint
+    if folder.exists():  # the run resumed from an older checkpoint, and reaches this step again
         delete(folder)
     temporary.rename(folder)
     sync(parent)
@@ -56,12 +57,12 @@ def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: di
 
 
 def write_checkpoint(folder: Path, model: GPT, optimizers: list, state: dict) -> None:
-    """Write the files of a checkpoint; they are on the disk when this returns."""
+    """Write the files of a checkpoint, and wait until they are on the disk."""
     folder.mkdir(parents=True)
     save_file({name: p.detach().contiguous() for name, p in trained_weights(model).items()}, folder / FILES[0])
     save_file(optimizer_tensors(model, optimizers), folder / FILES[1])
     (folder / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for name in FILES[:2]:  # safetensors makes files that only their owner can read
+    for name in FILES[:2]:  # safetensors writes files that only their owner can read
         shutil.copymode(folder / FILES[2], folder / name)
     manifest = FORMAT | {"files": {name: sha256(folder / name) for name in FILES}}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -70,15 +71,15 @@ def write_checkpoint(folder: Path, model: GPT, optimizers: list, state: dict) ->
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: all weights but frozen ones, which are those of another run (LoRA).
+    """Return the weights that a checkpoint stores, by name: all but the frozen ones, which LoRA takes from another run.
 
-    named_parameters() names a tied weight once, and leaves out the tables that are made from the config.
+    named_parameters() gives a tied weight once, and skips the tables that are computed from the config.
     """
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
-    """The optimizers' state as one flat dict: "weight's name/state's name" → tensor."""
+    """Return the optimizers' state as one flat dict: "name of weight/name of state" → tensor."""
     names = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[p]}/{key}": tensor.detach().contiguous()
@@ -89,14 +90,14 @@ def optimizer_tensors(model: GPT, optimizers: list) -> dict[str, Tensor]:
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a kill on the way leaves no half of one under its name."""
+    """Delete a checkpoint. Renaming it first makes sure that a kill leaves no incomplete checkpoint under its name."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def sha256(path: Path) -> str:
-    """The file's checksum, in hex."""
+    """Return the file's checksum, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -106,13 +107,13 @@ def sha256(path: Path) -> str:
 
 
 def list_checkpoints(out_dir: str | Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+    """Return the run's checkpoints, oldest first."""
     found = [path for path in Path(out_dir).glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(out_dir: str | Path, which: str) -> Path:
-    """The run's "best" (lowest val_loss) or "latest" checkpoint, or the one so named. ValueError if there is none."""
+    """Return the "best" (lowest val_loss), "latest" or named checkpoint of a run. Raises ValueError without one."""
     checkpoints = list_checkpoints(out_dir)
     if not checkpoints:
         raise ValueError(f"no checkpoint in {out_dir} yet: train first, or wait for the run's first evaluation")
@@ -130,7 +131,7 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json: step, val_loss, best_val_loss, seconds, scaler. ValueError if it is damaged."""
+    """Return state.json: step, val_loss, best_val_loss, seconds, scaler. Raises ValueError if it is damaged."""
     path = checkpoint / "state.json"
     state: dict = {"val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
     try:
@@ -154,14 +155,14 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest's checksum. ValueError names the first file that differs."""
+    """Compare every file with its checksum in the manifest. Raises ValueError for the first that differs."""
     path = checkpoint / "manifest.json"
     try:
         manifest: dict = dict(read_json(path, "a checkpoint's manifest"))
         expected = {name: manifest["files"][name] for name in FILES}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is missing or damaged; use another checkpoint") from None
-    if manifest.get("version", FORMAT["version"]) != FORMAT["version"]:  # the first ones did not state it
+    if manifest.get("version", FORMAT["version"]) != FORMAT["version"]:  # the first checkpoints have no version
         raise ValueError(f"{path} has format version {manifest['version']}, this code reads {FORMAT['version']}")
     for name, checksum in expected.items():
         if not (checkpoint / name).is_file() or sha256(checkpoint / name) != checksum:
@@ -170,7 +171,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file. ValueError for any other kind, a pickle above all."""
+    """Return the tensors of a safetensors file. Raises ValueError for any other kind of file, such as a pickle."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -178,7 +179,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def number_of_weights(checkpoint: Path) -> int:
-    """How many weights the checkpoint holds, by the file's header alone."""
+    """Return the number of weights in the checkpoint, which the file's header tells. Raises ValueError."""
     path = checkpoint / FILES[0]
     try:
         with safe_open(path, framework="pt") as file:
@@ -189,7 +190,7 @@ def number_of_weights(checkpoint: Path) -> int:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Copy the checkpoint's weights into the model. ValueError if the two do not fit together."""
+    """Copy the checkpoint's weights into the model. Raises ValueError if names or shapes differ."""
     weights, parameters = read_tensors(checkpoint / FILES[0]), trained_weights(model)
     for name in sorted(weights.keys() | parameters.keys()):
         given, wanted = (tuple(d[name].shape) if name in d else "none" for d in (weights, parameters))
@@ -199,7 +200,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:
-    """Restore the optimizers' state. ValueError if it was made by another choice of optimizers."""
+    """Restore the optimizers' state. Raises ValueError if its names or shapes are not those of this model."""
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     owner: dict[Tensor, torch.optim.Optimizer] = {}
     for optimizer in optimizers:

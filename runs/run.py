@@ -1,6 +1,6 @@
-"""A run: what a folder of train.py or finetune.py holds, read once into one record.
+"""A run: the folder that train.py or finetune.py writes, read into one record.
 
-out_dir/config.json  tokenizer.json  log.jsonl  checkpoints/  base/      (base/: the run that a LoRA run corrects)
+out_dir/config.json  tokenizer.json  log.jsonl  checkpoints/  base/      (base/: the base run of a LoRA run)
 """
 
 import json
@@ -29,9 +29,9 @@ SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run's first weights came from."""
+    """The source of a run's initial weights."""
 
-    source: str = SCRATCH  # another run's folder, or "scratch": they were random
+    source: str = SCRATCH  # another run's folder, or "scratch" for random weights
     checkpoint: str = "best"  # that run's checkpoint
 
 
@@ -42,15 +42,15 @@ class Run:
     folder: Path
     model_config: GPTConfig
     settings: dict  # the training settings by name, as config files give them
-    task: Literal["pretrain", "sft"]  # which command it is resumed with
-    fine_tuned: bool  # whether it knows the chat template
+    task: Literal["pretrain", "sft"]  # decides which command resumes it
+    fine_tuned: bool  # whether it was trained on the chat template
     lora: LoraConfig | None = None
-    base_checkpoint: str = ""  # of a run with LoRA: the checkpoint in base/ that it corrects
+    base_checkpoint: str = ""  # the checkpoint in base/, for a run with LoRA
     origin: Origin = Origin()
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
-        """Read the run in the folder. ValueError: no run is there, or its config.json is damaged."""
+        """Read the run in the folder. Raises ValueError if there is none, or if its config.json is damaged."""
         folder, path = Path(folder), Path(folder) / CONFIG
         if folder.is_file():
             raise ValueError(f"{folder} is a file; give the folder of a run, such as one that train.py wrote")
@@ -64,7 +64,7 @@ class Run:
 
     @classmethod
     def _from_content(cls, folder: Path, content: dict) -> "Run":
-        """The run of config.json's content; files of before format version 1 have neither checksum, task nor origin."""
+        """Make a run from the content of config.json. The first format had no checksum, task and origin."""
         path, stated = folder / CONFIG, content.pop("sha256", None)
         if stated is not None and stated != checksum(content):
             raise ValueError(
@@ -95,7 +95,7 @@ class Run:
             "task": self.task, "origin": asdict(self.origin), "model": asdict(self.model_config),
             "train": self.settings, "chat": {"lora": lora} if self.fine_tuned else None,
         }  # fmt: skip
-        content = json.loads(json.dumps(content))  # as it will be read: tuples are lists
+        content = json.loads(json.dumps(content))  # as it will be read back: tuples become lists
         write_json(self.folder / CONFIG, content | {"sha256": checksum(content)})
 
     @cached_property
@@ -105,21 +105,22 @@ class Run:
 
     @property
     def base(self) -> "Run":
-        """Of a run with LoRA: the run that it corrects."""
+        """The base run of a run with LoRA."""
         return Run.open(self.folder / "base")
 
     def checkpoints(self) -> list[Path]:
-        """Its checkpoints, oldest first."""
+        """Return the run's checkpoints, oldest first."""
         return list_checkpoints(self.folder)
 
     def checkpoint(self, which: str) -> Path:
-        """Its "best" or "latest" checkpoint, or the one so named. ValueError if there is none."""
+        """Return the "best", "latest" or named checkpoint. Raises ValueError if there is none."""
         return find_checkpoint(self.folder, which)
 
     def load_model(self, which: str = "best") -> GPT:
-        """The model in evaluation mode, on the CPU, from a verified checkpoint; LoRA's corrections are merged in.
+        """Return the model of a verified checkpoint, in evaluation mode, on the CPU, with LoRA merged in.
 
-        A run in training deletes checkpoints: one that goes while it is being read is looked for once more.
+        A run in training deletes old checkpoints; if that happens during the reading, this method tries once more.
+        Raises ValueError if the checkpoint is missing or damaged, or if the tokenizer has more ids than the model.
         """
         before = self.checkpoints()
         try:
@@ -143,24 +144,24 @@ class Run:
         return model
 
     def empty_model(self, checkpoint: Path) -> GPT:
-        """A model of the run's shape. ValueError, before any memory is taken, if the checkpoint has another size."""
+        """Return a new model of the run's shape. Raises ValueError first if the checkpoint has another size."""
         described, held = count_weights(self.model_config), number_of_weights(checkpoint)
         if described != held:
             raise ValueError(
                 f"{self.folder / CONFIG} describes a model of {described:,} weights, and {checkpoint.name} holds "
                 f"{held:,}: one of them is damaged or was replaced"
             )
-        return GPT(replace(self.model_config))  # a copy: a model may grow, the record of it must not
+        return GPT(replace(self.model_config))  # a copy: `grow` may change the model's config
 
     def corrected_base(self) -> GPT:
-        """Of a run with LoRA: the base model with corrections that do nothing yet."""
+        """Return the base model of a run with LoRA, with corrections that are still zero."""
         model = model_to_fine_tune(self.base, self.base_checkpoint, self.tokenizer)
         add_lora(model, self.lora)
         return model
 
 
 def _lora_of(content: dict | None, path: Path) -> LoraConfig | None:
-    """The LoraConfig that config.json describes, None if there is none."""
+    """Return the LoraConfig in config.json, None without LoRA."""
     match content:
         case None:
             return None
@@ -170,20 +171,20 @@ def _lora_of(content: dict | None, path: Path) -> LoraConfig | None:
 
 
 def same_tokens(base: Tokenizer, extended: Tokenizer) -> bool:
-    """Whether every id of `base` means the same in `extended`, which may have special tokens added."""
+    """Return whether `extended` is `base`, perhaps with special tokens added."""
     content = extended.content()
     return base.content() in (content, content.get("base"))
 
 
 def unseen_tokens(run: Run, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The chat template's token ids that the run's model was never trained on: all of them, or none."""
+    """Return the ids of the chat template if the run was never trained on it, else ()."""
     return () if run.fine_tuned else tuple(tokenizer.special_tokens[name] for name in TOKENS)
 
 
 def model_to_fine_tune(run: Run, which: str, tokenizer: Tokenizer) -> GPT:
-    """The run's model, with a new embedding for each token of the chat template that it never saw.
+    """Return the run's model, on the CPU, with a new embedding for each unseen token of the chat template.
 
-    ValueError unless `tokenizer` is the run's, perhaps with special tokens added.
+    Raises ValueError unless `tokenizer` is the run's, perhaps with special tokens added.
     """
     if not same_tokens(run.tokenizer, tokenizer):
         raise ValueError(f"{run.folder} was trained with another tokenizer")
@@ -195,10 +196,10 @@ def model_to_fine_tune(run: Run, which: str, tokenizer: Tokenizer) -> GPT:
 
 @torch.no_grad()
 def grow(model: GPT, vocab_size: int, unseen: tuple[int, ...]) -> None:
-    """Give the model at least vocab_size token ids, and the unseen ones a new embedding: the mean of all, plus noise.
+    """Extend the model to vocab_size token ids, and set the embedding of each unseen id to the mean plus noise.
 
-    The mean makes a new token about as likely as any other [Hewitt 2021]; the noise, the same in every run, lets tokens
-    that start alike learn to differ.
+    The mean of the known embeddings makes a new token about as likely as any other [Hewitt 2021]. The noise, the same
+    in every run, gives new tokens different embeddings, so that they can learn to differ.
     """
     old = model.config.vocab_size
     model.config.vocab_size = max(old, vocab_size)

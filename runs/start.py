@@ -1,6 +1,6 @@
-"""Where a run begins (anew, with another run's weights, or where it stopped), and the folder that it trains in.
+"""How a run starts (from scratch, from another run's weights, or resumed), and the folder that it trains in.
 
-Which of the three it is, is decided once, by `decide`; everything after that is handed the decision, a `Start`.
+`decide` chooses one of the three ways. Its result, a `Start`, is passed to everything that depends on the choice.
 """
 
 import os
@@ -27,9 +27,9 @@ from training.optim import learning_rate_at, make_optimizers
 RESUME = "resume"
 COMMANDS = {"pretrain": "train.py", "sft": "finetune.py"}
 
-# What a run that goes on from another's weights may change of its model; any other field would make it another model.
+# Model settings that may differ from those of the run whose weights are used; any other would need other weights.
 MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
-# What a resumed run may not change of its training, since its optimizer's state or its weights would not fit.
+# Training settings that a resumed run may not change, since its optimizer state or weights would not fit.
 FIXED = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
 
 
@@ -39,11 +39,11 @@ FIXED = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins.
+    """How a run starts.
 
-    resumes: the run that goes on, None for a new one. source, checkpoint: the run and its checkpoint that the weights
-    come from, None for random ones. state: of a run that goes on, what its checkpoint remembers besides weights; None
-    where training begins at step 0. notes: what the user should be told.
+    resumes: the run to resume, None for a new run. source, checkpoint: the run and the checkpoint that the weights come
+    from, None for random weights. state: the state.json of the checkpoint to resume, None if training starts at step 0.
+    notes: messages for the user.
     """
 
     resumes: Run | None = None
@@ -53,9 +53,9 @@ class Start:
     notes: tuple[str, ...] = ()
 
     def configs(self, given: dict, *classes: type) -> list:
-        """One instance of each config class: what was given, on top of the run that is resumed or started from.
+        """Return one instance of each config class: the given values, else those of the run resumed or started from.
 
-        given: as `read_arguments` returns it. ValueError if that would make it another model.
+        given: from `read_arguments`. Raises ValueError if a value does not fit the weights or the optimizer state.
         """
         known = self.resumes or self.source
         if known is None:
@@ -69,23 +69,23 @@ class Start:
         return configs
 
     def _check_change(self, key: str, before: Any, now: Any, known: Run) -> None:
-        """ValueError if a setting of the model may not become another one."""
+        """Raise ValueError if the setting `key` changes and must not."""
         if now == before or key in MAY_CHANGE or (key, now) == ("vocab_size", 0):
             return
         if key == "block_size" and not self.resumes:
             if known.model_config.position != "learned" or now < before:
-                return  # positions without weights reach any length; learned ones can be cut off
+                return  # only learned positions have weights; these can be cut off, not extended
             raise ValueError(
                 f"block_size is {before} in {known.folder}, whose positions are learned: it can only become smaller"
             )
         raise ValueError(f"{key} is {before} in {known.folder} and cannot become {now}: train a new model for that")
 
     def is_finished(self, config: TrainConfig) -> bool:
-        """Whether the run that is resumed has done all its steps."""
+        """Return whether the run that is resumed has done all its steps."""
         return self.state is not None and self.state["step"] >= config.max_iters
 
     def schedule_note(self, config: TrainConfig) -> list[str]:
-        """A warning where more steps than the run was planned for make its learning rate jump up again."""
+        """Return a warning if a larger max_iters makes the learning rate of the resumed run jump up; else []."""
         if not self.state or config.max_iters <= self.resumes.settings.get("max_iters", config.max_iters):
             return []
         step = self.state["step"]
@@ -100,7 +100,7 @@ class Start:
         ]
 
     def model(self, model_config: GPTConfig, seed: int) -> GPT:
-        """The model to pretrain, on the CPU: new, another run's, or as it was when the run stopped."""
+        """Return the model to pretrain, on the CPU: random weights, another run's, or those of the resumed run."""
         torch.manual_seed(seed)
         if self.state:
             model = GPT(replace(model_config))
@@ -111,7 +111,7 @@ class Start:
         return adapt(self.source.load_model(self.checkpoint.name), model_config)
 
     def model_to_fine_tune(self, run: Run, tokenizer: Tokenizer, seed: int) -> GPT:
-        """The model to fine-tune, on the CPU, with the corrections of run.lora if it has some."""
+        """Return the model to fine-tune, on the CPU, with LoRA if `run` has it."""
         torch.manual_seed(seed)
         if self.state and not run.lora:
             return self.model(run.model_config, seed)
@@ -124,7 +124,7 @@ class Start:
         return model
 
     def optimizers(self, model: GPT, config: TrainConfig) -> list:
-        """The optimizers of a model that is on its device already, as they were if the run is resumed."""
+        """Return the optimizers of a model on its device, with their saved state if the run is resumed."""
         optimizers = make_optimizers(model, config)
         if self.state:
             load_optimizers(model, optimizers, self.checkpoint)
@@ -132,7 +132,7 @@ class Start:
 
 
 def adapt(model: GPT, model_config: GPTConfig) -> GPT:
-    """The same weights in a model with other settings (see MAY_CHANGE) or another block_size, ready to train."""
+    """Return a model with the same weights and the settings of `model_config` (see MAY_CHANGE)."""
     model_config = replace(model_config, vocab_size=model.config.vocab_size)
     adapted, weights = GPT(model_config), model.state_dict()
     if "pos_emb.weight" in weights:
@@ -142,9 +142,10 @@ def adapt(model: GPT, model_config: GPTConfig) -> GPT:
 
 
 def decide(given: dict, defaults: dict, task: str) -> Start:
-    """New, from another run, or resumed: by init_from and out_dir, from what was given or else from the defaults.
+    """Decide by init_from and out_dir whether a run starts from scratch, from another run, or resumed.
 
-    given: as `read_arguments` returns it; task: the command's. ValueError: no such run, or one of another command.
+    given: from `read_arguments`; defaults: for keys that are not given; task: the command's task.
+    Raises ValueError if the run does not exist, or if it belongs to the other command.
     """
     init_from, out_dir = (given[key][0] if key in given else defaults[key] for key in ("init_from", "out_dir"))
     if not isinstance(init_from, str) or not isinstance(out_dir, str):
@@ -168,7 +169,7 @@ def decide(given: dict, defaults: dict, task: str) -> Start:
 
 
 def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is not damaged, None if there is none at all, and what is wrong with newer ones."""
+    """Return the newest intact checkpoint, None for a run without any, and notes on newer, damaged ones."""
     notes: list[str] = []
     checkpoints = run.checkpoints()
     for checkpoint in reversed(checkpoints):
@@ -191,7 +192,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
 
 
 def check_place(folder: Path) -> None:
-    """ValueError for a folder that is no place for a run, so that nothing else is moved aside or mixed up."""
+    """Raise ValueError if the folder holds something other than a run, which must not be moved or overwritten."""
     taken = folder.is_file() or any((folder / name).exists() for name in ("meta.json", "prepare.py", "train.jsonl"))
     if not folder.name or taken:
         raise ValueError(f"out_dir={str(folder)!r} is no place for a run: name a new folder, such as out/mine")
@@ -204,7 +205,7 @@ def check_place(folder: Path) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Move a run that is in the folder to folder.1, .2, …; returns where it is now, None if there was none."""
+    """Move a run in the folder to folder.1, .2, …; returns its new folder, None if there was no run."""
     if not (folder / CONFIG).exists() and not (folder / "checkpoints").exists():
         return None
     number = 1
@@ -215,9 +216,9 @@ def move_aside(folder: Path) -> Path | None:
 
 
 class RunFolder:
-    """The folder that a run trains in: it owns the lock, config.json, the log and the checkpoints.
+    """The folder that a run trains in, with its lock, config.json, log and checkpoints.
 
-    Of the processes that train together, the first one's folder is active, and the others' do nothing.
+    active: whether this process writes; of the processes that train together, only the first one does.
     """
 
     def __init__(self, run: Run, start: Start, tokenizer: Tokenizer, config: TrainConfig, active: bool):
@@ -242,7 +243,7 @@ class RunFolder:
         self.lock.close()
 
     def _open(self, tokenizer: Tokenizer) -> None:
-        """Make a new run's folder, or take a resumed run's log back to its checkpoint; then write config.json."""
+        """Make the folder of a new run, or cut the log of a resumed one at its checkpoint; then write config.json."""
         folder, start = self.run.folder, self.start
         check_place(folder)
         if folder.exists():
@@ -251,7 +252,7 @@ class RunFolder:
             self._rewind_log()
             origin = start.resumes.origin
         else:
-            self.lock.close()  # Windows moves no folder with an open file in it
+            self.lock.close()  # Windows cannot move a folder with an open file in it
             aside = move_aside(folder)
             self._hold(folder)
             (folder / "checkpoints").mkdir(exist_ok=True)
@@ -267,30 +268,30 @@ class RunFolder:
         self.run.save()
 
     def _hold(self, folder: Path) -> None:
-        """Lock the folder. ValueError if another process is training there."""
+        """Lock the folder. Raises ValueError if another process is training there."""
         self.lock.enter_context(locked(folder, "choose another --out_dir"))
 
     def _rewind_log(self) -> None:
-        """Drop what was logged after the checkpoint; if all checkpoints are gone, keep the old log beside the new."""
+        """Delete the log after the checkpoint; if all checkpoints are missing, keep the old log under another name."""
         folder, path = self.run.folder, self.run.folder / "log.jsonl"
         if self.start.state:
             rewind_log(folder, self.start.state["step"])
         elif path.exists():
             evaluations = [line for line in path.read_text(errors="replace").splitlines() if '"val_loss"' in line]
-            if any('"step": 0,' not in line for line in evaluations):  # it was saved, and somebody deleted it
+            if any('"step": 0,' not in line for line in evaluations):  # somebody deleted the checkpoints
                 path.replace(folder / "log.before.jsonl")
                 self.notes.append(f"the log of the steps that are lost is kept as {folder / 'log.before.jsonl'}")
             else:
                 path.unlink()
 
     def save(self, model: GPT, optimizers: list, state: dict) -> None:
-        """Write a checkpoint of step state["step"]."""
+        """Save a checkpoint of step state["step"], if this process is active."""
         if self.active:
             save_checkpoint(self.run.folder, model, optimizers, state)
 
 
 def keep_run(source: Path, which: str, target: Path) -> None:
-    """Keep a run with one of its checkpoints in the folder target, as links where the disk allows it."""
+    """Copy a run with one of its checkpoints to the folder target, as hard links where the disk allows them."""
 
     def link(original: Path, copy: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +304,7 @@ def keep_run(source: Path, which: str, target: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     chosen = Path("checkpoints", which)
     parts = [Path(CONFIG), Path(TOKENIZER_FILE), *(chosen / name for name in (*FILES, "manifest.json"))]
-    if (source / "base").is_dir():  # itself a run with LoRA
+    if (source / "base").is_dir():  # the source is a run with LoRA itself
         parts += [path.relative_to(source) for path in (source / "base").rglob("*") if path.is_file()]
     for part in parts:
         link(source / part, temporary / part)
