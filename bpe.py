@@ -1,7 +1,7 @@
 """Byte-level BPE: learn a vocabulary from text, then turn text into token ids and back.
 
-Text is cut into chunks whose frequencies text/chunks.py counts and text/merges.py learns merges from. Encoding is
-tiktoken's native core, with our vocabulary.
+text/chunks.py cuts text into chunks and counts them, and text/merges.py learns merges from the counts. tiktoken's
+native core encodes text with our vocabulary.
 
     python bpe.py train --input book.txt --vocab_size 4096 --output book.bpe
     python bpe.py info book.bpe
@@ -28,16 +28,16 @@ from text import cut, documents
 from text.chunks import PATTERNS, TASK, complete, count_chunks, splitter
 from text.merges import learn_merges
 
-if TYPE_CHECKING:  # imported where it is needed: it takes a moment
+if TYPE_CHECKING:  # imported where it is needed, because the import takes time
     import tiktoken
 
 EOT = "<|endoftext|>"
 SPECIAL_TOKENS = (EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the last four are for conversations
 
 FORMAT = "plaingpt-bpe"
-VERSION = 2  # 1: without matched_tokens and eot; what needs neither is still written as 1
+VERSION = 2  # version 1 has no matched_tokens and eot; a vocabulary without them is still written as 1
 LARGEST_ID = (1 << 31) - 1
-LONG = 1 << 18  # characters; in a shorter text no named pattern exceeds the limits of tiktoken's regular expressions
+LONG = 1 << 18  # characters; on shorter texts no named pattern exceeds the limits of tiktoken's regular expressions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,16 +45,16 @@ LONG = 1 << 18  # characters; in a shorter text no named pattern exceeds the lim
 
 
 class BPE:
-    """A vocabulary: the 256 bytes, the merges in order, the special tokens; and encoding and decoding with it.
+    """A vocabulary (the 256 bytes, the merges in order, the special tokens) that encodes and decodes text.
 
-    Ids: bytes from first_id on (in the order of `alphabet`), then one id per merge, then, or wherever `special_tokens`
-    says, the special tokens.
+    Ids: the bytes have ids from first_id on, in the order of `alphabet`, and each merge has the next id. Special tokens
+    have the ids in `special_tokens`.
 
-    special_tokens: spelling → id of tokens that are never made from text, so that no text can forge them.
-    matched_tokens: spelling → id of tokens that stand for their spelling wherever it occurs in a text, before the text
-    is cut into chunks; of several at one place the longest (Hugging Face: added tokens that are not special).
+    special_tokens: {spelling: id} of tokens that `encode` never produces, so no text can forge them.
+    matched_tokens: {spelling: id} of tokens that replace their spelling in a text before it is cut into chunks; of
+    several at one place the longest (Hugging Face: added tokens that are not special).
     eot: the special token that ends a document; None if there is none.
-    Raises ValueError for merges and ids that do not make a vocabulary.
+    Raises ValueError if the merges and ids do not make a vocabulary.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class BPE:
     def encoding(self) -> "tiktoken.Encoding":
         """The vocabulary as an encoding of tiktoken, whose native core encodes and decodes here.
 
-        Its ids are the same, except that it knows no matched tokens: `encode` finds these.
+        It does not search for matched tokens; `encode` does.
         Raises ValueError if tiktoken cannot read the pattern.
         """
         import tiktoken
@@ -116,16 +116,16 @@ class BPE:
 
     @functools.cached_property
     def _matched(self) -> re.Pattern:
-        """The spellings of the matched tokens; the longest comes first, so that it is preferred."""
+        """Matches any matched token; longer spellings come first, so that the longest one matches."""
         return re.compile("|".join(map(re.escape, sorted(self.matched_tokens, key=len, reverse=True))))
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "encoding"}
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the text, in which the spelling of a special token is ordinary text.
+        """Return the ids of the text; a special token that is spelled out in it is ordinary text.
 
-        Raises ValueError for half a surrogate pair, which is no character, and for a text that the pattern cannot cut.
+        Raises ValueError for half a surrogate pair, which is no character, and for text that the pattern cannot cut.
         """
         if not self.matched_tokens:
             return self._encode_ordinary(text)
@@ -142,12 +142,12 @@ class BPE:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids; bytes that are not UTF-8 become U+FFFD.
 
-        Raises ValueError for a number that is no id of this vocabulary.
+        Raises ValueError for an id outside this vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the exact bytes of the ids. Raises ValueError for a number that is no id of this vocabulary."""
+        """Return the exact bytes of the ids. Raises ValueError for an id outside this vocabulary."""
         ids = list(ids)
         try:
             return self.encoding.decode_bytes(ids)
@@ -157,11 +157,11 @@ class BPE:
             raise ValueError(f"{wrong} is no token id of this vocabulary of {self.vocab_size:,}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the vocabulary as readable JSON with a checksum; the file is there whole or not at all."""
+        """Write the vocabulary as readable JSON with a checksum, whole or not at all. Raises WriteError."""
         write_whole(path, json.dumps(self.content(), ensure_ascii=False, indent=0))
 
     def content(self) -> dict:
-        """Return what the file holds."""
+        """Return the content of the file that `save` writes."""
         default_eot = EOT if EOT in self.special_tokens else None
         more: dict[str, object] = {"matched_tokens": self.matched_tokens} if self.matched_tokens else {}
         more |= {"eot": self.eot} if self.eot != default_eot else {}
@@ -173,12 +173,12 @@ class BPE:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
-        """Read what `save` wrote. Raises ValueError for any other file, and for one that is damaged."""
+        """Read a file that `save` wrote. Raises ValueError for any other file and for a damaged one."""
         return cls.from_content(read_json(path), path)
 
     @classmethod
     def from_content(cls, content: object, path: str | os.PathLike) -> "BPE":
-        """Make the vocabulary of a file's content; path is for messages only."""
+        """Make the vocabulary from a file's content; path: for messages only. Raises ValueError as `load` does."""
         if isinstance(content, dict) and "kind" in content:
             raise ValueError(f"{path} is no vocabulary of bpe.py: it holds a {content['kind']} tokenizer, "
                              "which has no merges")  # fmt: skip
@@ -193,7 +193,7 @@ class BPE:
 
     @classmethod
     def _from_fields(cls, content: dict, path: str | os.PathLike) -> "BPE":
-        """`from_content` once the file is known to be undamaged: its fields may still have wrong types."""
+        """Do the rest of `from_content`, for content with the right checksum: its fields may still have wrong types."""
         types = {"pattern": str, "special_tokens": dict, "first_id": int, "alphabet": list, "merges": list}
         optional = {"matched_tokens": dict, "eot": str}
         for name, kind in (types | {name: kind for name, kind in optional.items() if name in content}).items():
@@ -218,7 +218,7 @@ class BPE:
 
 
 def encode_ordinary(encoding: "tiktoken.Encoding", text: str, harmless: bool = True) -> list[int]:
-    """Return the ids of the text under an encoding of tiktoken; special tokens spelled out in it are ordinary text.
+    """Encode the text with an encoding of tiktoken; special tokens that are spelled out in it are ordinary text.
 
     harmless: whether the encoding's pattern is known to cut every text of ordinary length.
     Raises ValueError for half a surrogate pair, and for a text that the pattern cannot cut: it matches the empty
@@ -228,7 +228,7 @@ def encode_ordinary(encoding: "tiktoken.Encoding", text: str, harmless: bool = T
     try:
         if harmless and len(text) < LONG:
             return encoding.encode_ordinary(text)
-        # A little slower, but this one raises a ValueError where encode_ordinary's native code panics.
+        # `encode` is a little slower, but raises ValueError where the native code of encode_ordinary panics.
         return encoding.encode(text, allowed_special=set(), disallowed_special=())
     except BaseException as error:
         if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
@@ -246,9 +246,9 @@ def with_checksum(content: dict) -> dict:
 
 
 def without_checksum(content: dict, path: str | os.PathLike, required: bool = False) -> dict:
-    """Return the content without its checksum; path is for messages only.
+    """Return the content without its checksum; path: for messages only.
 
-    Raises ValueError if the checksum is not that of the rest, and, if it is required, if there is none.
+    Raises ValueError if the checksum differs from that of the rest, or if it is required and missing.
     """
     rest = {name: value for name, value in content.items() if name != "sha256"}
     if ("sha256" in content or required) and content.get("sha256") != checksum(rest):
@@ -262,12 +262,12 @@ def train(
 ) -> BPE:  # fmt: skip
     """Learn a vocabulary of vocab_size ids: 256 bytes, merges, and the special tokens at the end.
 
-    texts may be a generator over more text than memory holds; what is kept is its distinct chunks.
-    pattern: a name in PATTERNS, or a regular expression; what the expression does not match is a chunk of its own.
+    texts: may be a generator over more text than fits in memory, which holds only the distinct chunks.
+    pattern: a name in PATTERNS, or a regular expression; text between two matches of it is a chunk too.
     max_token_length: in bytes (Baichuan 2: 32).
-    When nothing is left to merge, the vocabulary has fewer ids, and a warning on stderr says so.
-    Raises ValueError if there is no text, if vocab_size is too small for bytes and special tokens, and for a pattern
-    that is no regular expression, matches the empty string, or backtracks without end.
+    If nothing is left to merge, the vocabulary has fewer ids, and a warning on stderr says so.
+    Raises ValueError if there is no text, if vocab_size is too small for the bytes and special tokens, or if the
+    pattern is not a regular expression, matches the empty string, or backtracks without end.
     """
     if isinstance(special_tokens, str) or "" in (special_tokens := list(dict.fromkeys(special_tokens))):
         raise ValueError(f"special_tokens={special_tokens!r}: a list of names is needed, none of them empty")
@@ -278,8 +278,8 @@ def train(
         raise ValueError(
             f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens come first"
         )
-    splitter(pattern)  # raises ValueError for what is no pattern
-    if pattern not in PATTERNS:  # the module regex, which cuts here, knows more than tiktoken, which is to encode
+    splitter(pattern)  # raises ValueError for a wrong pattern
+    if pattern not in PATTERNS:  # the module regex, which cuts here, accepts more than tiktoken, which encodes
         BPE(pattern, [], {}).encode("")
     with tqdm(unit="B", unit_scale=True, desc="count", disable=None if progress else True) as bar:
         counts = count_chunks(map(check_text, texts), pattern, workers, bar.update)
@@ -303,7 +303,7 @@ def train(
 def read_texts(
     paths: list[str], pattern: str = "gpt4", reading: documents.Reading = documents.DEFAULT_READING
 ) -> Iterator[str]:
-    """The documents of files, as data/text/prepare.py reads them; in blocks where a named pattern allows to cut."""
+    """Yield the documents of the files, as data/text/prepare.py reads them, in blocks if the pattern is a named one."""
     for text in documents.read_documents(paths, reading):
         parts = documents.parts_of(text)
         yield from cut.blocks(parts, TASK, force=False) if pattern in PATTERNS else ["".join(parts)]
@@ -311,13 +311,13 @@ def read_texts(
 
 LONG_RUN = re.compile(
     r"(.)\1{7,}|(?:(?!(.)\2{7}).)+", re.DOTALL
-)  # eight times the same character, or what lies between
+)  # a character eight times or more, or text without such a run
 SUBSCRIPTS = "₁₂₃₄"
-MOST_WORDS = 20  # that --explain prints at once
+MOST_WORDS = 20  # most words that --explain prints in a line
 
 
 def shown(token: bytes) -> str:
-    """Return a token as people read it: 'the', ' ' x 39 for a long run, <e4 b8> for parts of a character."""
+    """Return a readable form of a token: 'the', ' ' x 39 for a long run, <e4 b8> for part of a character."""
     try:
         text = token.decode()
     except UnicodeDecodeError:
@@ -326,9 +326,9 @@ def shown(token: bytes) -> str:
 
 
 def spelled(word: list[bytes]) -> list[str]:
-    """Return the tokens of a word as people read them, ␣ for a space.
+    """Return a readable form of each token of a word, with ␣ for a space.
 
-    A token that holds only some bytes of a character tells which: 中₁₂ 中₃ are the first two bytes of 中 and the third.
+    Subscripts number the bytes of a token that holds only part of a character: 中₁₂ 中₃ are bytes 1 and 2, and byte 3.
     """
     text = b"".join(word).decode()
     places = iter([(index, byte) for index, c in enumerate(text) for byte in range(len(c.encode()))])
@@ -348,7 +348,7 @@ def spelled(word: list[bytes]) -> list[str]:
 
 
 def merge_pair(word: list[bytes], left: bytes, right: bytes) -> int | None:
-    """Merge left and right wherever they are neighbours in the word; return the first place, None if there is none."""
+    """Merge left and right wherever they are neighbours in the word; return the first index, None if there is none."""
     first, i = None, 0
     while i < len(word) - 1:
         if word[i] == left and word[i + 1] == right:
@@ -359,10 +359,11 @@ def merge_pair(word: list[bytes], left: bytes, right: bytes) -> int | None:
 
 
 def explain(texts: Iterable[str], pattern: str, vocab_size: int, max_token_length: int | None) -> None:
-    """Print every merge with its count and the words that it changes, as a lecture would.
+    """Print every merge with its count and the words that it changes, for teaching.
 
-    A line such as `256: 'e' + 's', 9 times → 'es'    n e w es t x6, w i d es t x3` says: token 256 is made of e and s,
-    which stood together 9 times in the text; newest, which occurs 6 times, is now the tokens n e w es t.
+    The line `256: 'e' + 's', 9 times → 'es'    n e w es t x6, w i d es t x3` says: token 256 is made of e and s, which
+    were neighbours 9 times in the text; newest, which occurs 6 times, now has the tokens n e w es t.
+    Raises ValueError if vocab_size is at most 256.
     """
     if vocab_size <= 256:
         raise ValueError(f"vocab_size={vocab_size} is too small: the 256 bytes come first, and then the merges")
@@ -392,7 +393,7 @@ def explain(texts: Iterable[str], pattern: str, vocab_size: int, max_token_lengt
 
 
 def info(bpe: BPE, texts: list[str]) -> None:
-    """Print what is in a vocabulary, and how well it compresses the texts, if any, beside gpt2 and cl100k_base."""
+    """Print the parts of a vocabulary and, if there are texts, its bytes per token beside gpt2 and cl100k_base."""
     text = "".join(read_texts(texts))
     tokens, matched = list(bpe.ranks), len(bpe.matched_tokens)
     print(f"{bpe.vocab_size:,} ids: 256 bytes, {len(bpe.merges):,} merges, {len(bpe.special_tokens)} special tokens"
@@ -420,12 +421,12 @@ def main() -> None:
     sub = commands.add_parser("train", help="learn a vocabulary from text files")
     sub.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders, - for standard input")
     documents.add_reading_options(sub)
-    sub.add_argument("--vocab_size", type=int, default=4096, help="ids in all, special tokens included (default 4096)")
+    sub.add_argument("--vocab_size", type=int, default=4096, help="ids in total, with special tokens (default 4096)")
     sub.add_argument("--output", metavar="FILE", help="the vocabulary to write")
     sub.add_argument("--pattern", default="gpt4", help=f"{', '.join(PATTERNS)} or a regular expression (default gpt4)")
     sub.add_argument("--max_token_length", type=int, metavar="N", help="longest token in bytes (default: no limit)")
-    sub.add_argument("--explain", action="store_true", help="print every merge, as a lecture would; for a few words")
-    for name, text in (("encode", "text to ids"), ("decode", "ids to text"), ("info", "what is in a vocabulary")):
+    sub.add_argument("--explain", action="store_true", help="print every merge, for teaching; use a short text")
+    for name, text in (("encode", "text to ids"), ("decode", "ids to text"), ("info", "describe a vocabulary")):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("vocabulary", help="a file that train wrote")
         many = {"nargs": "*", "default": []} if name == "info" else {"default": "-"}

@@ -1,12 +1,12 @@
-"""Fine-tune a base model into one that answers (SFT): the training loop of train.py, with conversations for batches.
+"""Supervised fine-tuning (SFT) on conversations: the training loop of train.py with another task.
 
-    python finetune.py                                            the demo's model on config/sft_pydocs.py
+    python finetune.py                                            the demo's model, by config/sft_pydocs.py
     python finetune.py config/sft_alpaca.py --init_from=out/x
     python finetune.py --dataset=mine --init_from=out/x           your own conversations, by config/sft.py
 
-Notable: the loss counts what the assistant says and nothing else, as one mean over all response tokens of a step;
-several conversations are packed into a row without seeing each other; LoRA (lora_rank > 0) trains a small correction
-and leaves the base model as it is.
+Notable: the loss is the mean over the assistants' tokens of a step, and ignores all others; several conversations are
+packed into a row, and attention keeps them apart; LoRA (lora_rank > 0) trains a small correction and leaves the base
+model unchanged.
 """
 
 from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
@@ -36,22 +36,22 @@ DEMO, OWN_DATA = str(CONFIGS / "sft_pydocs.py"), str(CONFIGS / "sft.py")
 USAGE = """usage: python finetune.py [config/sft_x.py] [--key=value ...]
        torchrun --nproc_per_node=N finetune.py config/sft_x.py [--key=value ...]
 
-Trains the model of the run in init_from on conversations. Without a config file it takes config/sft_pydocs.py, or with
-a --dataset of your own config/sft.py. The keys, with the values that hold where neither the config file nor the command
-line says otherwise:"""
+Trains the model of the run in init_from on conversations. The default config file is config/sft_pydocs.py, or
+config/sft.py with a --dataset of your own. The keys and their defaults, which the config file and the command line
+replace:"""
 
-# What fine-tuning wants otherwise than pretraining: a base model is to be changed a little, not made anew.
+# The defaults that differ from pretraining, because fine-tuning changes a trained model only a little.
 DEFAULTS: dict[str, object] = {
     "optimizer": "adamw", "lr_schedule": "cosine", "dataset": "pydocs_sft", "out_dir": "out/sft_pydocs",
     "init_from": "out/pydocs",
 }  # fmt: skip
 LEARNING_RATE = "3e-3 * (128 / n_embd) ** 1.5, and 5 times that for LoRA"  # 2e-4 for a width of 768, 2e-5 for 4096
-OWN_EPOCHS = 3.0  # passes over a data set that is not the config's own, whose max_iters were meant for another
+OWN_EPOCHS = 3.0  # passes over a --dataset of your own, as a config's max_iters suit its own data set only
 COMMAND_LINE = "the command line"
 
 
 def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTConfig]:
-    """Where the run begins, and the configs that the arguments ask for."""
+    """Return the start of the run and its configs. Raises ValueError for arguments that do not go together."""
     classes = (TrainConfig, FinetuneConfig, GPTConfig)
     given = read_arguments(argv, *classes)
     resuming = given.get("init_from", ("",))[0] == RESUME
@@ -81,7 +81,7 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
 
 
 def set_length(config: TrainConfig, sft: FinetuneConfig, task: Task) -> None:
-    """Where num_epochs is asked for: as many steps as these passes need, with an evaluation after each pass."""
+    """Turn num_epochs, if it is set, into max_iters, and evaluate (and sample, if asked for) after each pass."""
     if sft.num_epochs:
         config.max_iters = max(1, math.ceil(sft.num_epochs * task.steps_per_pass))
         config.eval_interval = max(1, math.ceil(task.steps_per_pass))
@@ -89,7 +89,7 @@ def set_length(config: TrainConfig, sft: FinetuneConfig, task: Task) -> None:
 
 
 def new_run(start: Start, config: TrainConfig, sft: FinetuneConfig, model_config: GPTConfig, template: Template) -> Run:
-    """What the run's config.json is to say."""
+    """Return the run to record in config.json."""
     lora, base_checkpoint = None, start.checkpoint.name
     if sft.lora_rank:
         rows = unseen_tokens(start.source, template.tokenizer)
@@ -101,7 +101,7 @@ def new_run(start: Start, config: TrainConfig, sft: FinetuneConfig, model_config
 
 
 def about(data: Conversations, config: TrainConfig, trained: int, source: Path) -> list[str]:
-    """What to say of the data and of what is trained."""
+    """Return lines that describe the data and the trained weights; trained: their number."""
     lines = [f"{config.dataset}, {split}: {getattr(data, split).summary()}" for split in ("train", "val")]
     return [*lines, f"{trained:,} weights to train, from {source}"]
 

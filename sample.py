@@ -1,4 +1,4 @@
-"""Text from a trained model: drawn at random, greedy, or by beam search; a conversation; the likelihood of a text.
+"""Use a trained model: sample text (at random, greedily or by beam search), chat, or score a text.
 
     python sample.py --out_dir=out/pydocs --prompt="os.path"
     python sample.py --num_beams=4 --num_samples=2 --prompt="os.path"
@@ -6,8 +6,8 @@
     python sample.py --out_dir=out/sft_pydocs --chat
     python sample.py --score=book.txt
 
-How tokens are chosen is in decoding/stream.py and decoding/beam.py, how prompts become tokens in decoding/prompt.py,
-how tokens become text in decoding/text.py, the conversation in decoding/chat.py.
+decoding/stream.py and decoding/beam.py choose tokens, decoding/prompt.py turns prompts into tokens, decoding/text.py
+turns tokens into text, and decoding/chat.py holds the conversation.
 """
 
 from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
@@ -48,14 +48,14 @@ __all__ = ["Hypothesis", "beam_search", "generate", "stream"]
 
 USAGE = """usage: python sample.py [--key=value ...]
 
-Prints text from a trained model as it is made. Text may grow longer than the model's block_size: when the context is
-full, its older half is forgotten and the newer half read again. On a terminal, control characters in the text are shown
-as escapes such as \\x1b; a file or a pipe gets the text exactly as the model wrote it."""
+Prints text from a trained model while it is generated. A text may become longer than the model's block_size: when the
+context is full, its older half is dropped and the newer half read again. On a terminal, control characters in the text
+are shown as escapes such as \\x1b; a file or a pipe gets the text exactly as the model wrote it."""
 
 OUT_OF_MEMORY = "lower num_samples, num_beams or max_new_tokens, or try --dtype=bfloat16 or, on a CPU, --quantize=int8"
-MOST = 4096  # texts or beams at once
+MOST = 4096  # most texts or beams at once
 
-# The ways to use a model, and the options that each of them reads. Any other one is refused, rather than ignored.
+# The ways to use a model, and the options that each of them reads. Any other option is an error.
 CHAT, SCORE, BEAMS, DRAW = "--chat", "--score", "--num_beams above 1", "--num_beams=1, which draws tokens one by one"
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 TEXTS = ("prompt", "prompts", "batch_size", "system", "max_new_tokens", "num_samples", "json")
@@ -77,23 +77,23 @@ class SampleConfig:
     prompts: UserPath = ""  # a file of prompts: .jsonl with {"prompt": ...} or {"messages": [...]} per line, or .txt
     system: str = ""  # a system message for a fine-tuned model; FILE:path reads it from a file
     max_new_tokens: int = 500  # stop after this many tokens, or when the model ends the document
-    num_samples: int = 1  # texts per prompt; of a single prompt the first is shown as it is made
-    batch_size: int = 16  # with --prompts: how many texts or beams are made at once
-    temperature: float = 0.8  # below 1 bolder, above 1 wilder; 0 = greedy, always the most likely token
-    top_k: int = 0  # draw among the k most likely tokens only; 0 = all
-    top_p: float = 1.0  # draw among the fewest most likely tokens that together reach this probability
-    min_p: float = 0.0  # draw among tokens at least this many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that are there already become less likely
-    num_beams: int = 1  # above 1: beam search, for the likeliest text; num_samples of them are shown
-    length_penalty: float = 1.0  # beams are compared by log-probability / length^this; 0 favours short ones
-    stop: str = ""  # end before this string (\n is a line break), or before any of a JSON list of strings
-    seed: int = 1337  # the same seed gives the same text; text i draws from seed + i, i counting from 0
+    num_samples: int = 1  # texts per prompt; with --prompt, the first one is shown while it is generated
+    batch_size: int = 16  # with --prompts: number of texts or beams to generate at once
+    temperature: float = 0.8  # below 1 makes likely tokens likelier still, above 1 less so; 0 = greedy
+    top_k: int = 0  # sample from the k most likely tokens only; 0 = all
+    top_p: float = 1.0  # sample from the fewest most likely tokens whose probabilities sum to this
+    min_p: float = 0.0  # sample from tokens whose probability is at least this times that of the most likely one
+    repetition_penalty: float = 1.0  # above 1: tokens that already occur become less likely
+    num_beams: int = 1  # above 1: beam search for the most likely texts, of which num_samples are shown
+    length_penalty: float = 1.0  # beams are compared by log-probability / length^this; 0 favours short texts
+    stop: str = ""  # stop before this string (\n is a line break), or before any of a JSON list of strings
+    seed: int = 1337  # the same seed gives the same text; text i (from 0) uses seed + i
     chat: bool = False  # talk with the model in the terminal
-    json: bool = False  # print a JSON object per text: tokens, log-probabilities, why it ended
+    json: bool = False  # print one JSON object per text: tokens, log-probabilities, reason for ending
     score: UserPath = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
-    quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: quicker, a little less exact
+    quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: faster, slightly less exact
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest that the device supports well
 
     def __post_init__(self):
         few = at_least(1).at_most(MOST)
@@ -107,13 +107,13 @@ class SampleConfig:
         self.stops()
 
     def way(self) -> str:
-        """The way in which the model is used, a key of READS."""
+        """Return how the model is used, as a key of READS."""
         if self.chat or self.score:
             return CHAT if self.chat else SCORE
         return BEAMS if self.num_beams > 1 else DRAW
 
     def check_use(self, given: set[str]) -> None:
-        """Raises ValueError if an option would be ignored that was given, be it with its default's value."""
+        """Raise ValueError if an option in `given` would have no effect, even if it has its default value."""
         way = self.way()
         for name in sorted(given.difference(READS[way])):
             if name not in SWITCHES or getattr(self, name) != getattr(SampleConfig, name):
@@ -131,22 +131,22 @@ class SampleConfig:
             note(f"note: temperature=0 always takes the most likely token: {', '.join(idle)} cannot change the text")
 
     def rows(self) -> int:
-        """How many texts or beams are made at once."""
+        """Return the number of texts or beams to generate at once."""
         if self.chat:
             return 1
         return max(self.num_beams, self.batch_size if self.prompts else self.num_samples)
 
     def stops(self) -> list[str]:
-        """The stop strings."""
+        """Return the stop strings."""
         return read_stops(typed_text(self.stop, "stop"))
 
     def drawing(self) -> dict:
-        """The options of `stream` that say how tokens are drawn."""
+        """Return the options of `stream` that say how tokens are drawn."""
         return {name: getattr(self, name) for name in DRAWING}
 
 
 def read_options(argv: list[str]) -> SampleConfig:
-    """The options of the command line. Raises ValueError for one that is impossible, or that would be ignored."""
+    """Return the options of the command line. Raises ValueError for a wrong option and for one without effect."""
     given = read_arguments(argv, SampleConfig)
     (config,) = build(given, SampleConfig)
     config.check_use(set(given))
@@ -158,16 +158,16 @@ def read_options(argv: list[str]) -> SampleConfig:
 
 
 def open_model(config: SampleConfig) -> TextModel:
-    """The run's model on its device, in its precision, laid out for decoding."""
+    """Return the run's model on its device, in its dtype, sped up for decoding. Raises ValueError."""
     device = pick_device(config.device)
     run = Run.open(config.out_dir)
     if not run.model_config.causal:
         raise ValueError(f"{config.out_dir}: this model (causal=False) sees the tokens that it would have to predict: "
                          "it can neither continue a text nor score one")  # fmt: skip
     gpt, tokenizer = run.load_model(config.checkpoint).to(device), run.tokenizer
-    for p in gpt.parameters():  # not the tables of positions: training has them in float32 too
+    for p in gpt.parameters():  # but not the tables of positions, which are float32 in training too
         p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
-    if not config.score:  # which compares the model with its quantized self
+    if not config.score:  # --score also measures the model without quantization
         gpt = speed_up(gpt, config.rows(), config.quantize)
     if not run.fine_tuned:
         return TextModel(gpt, tokenizer, None)
@@ -180,7 +180,7 @@ def open_model(config: SampleConfig) -> TextModel:
 
 @dataclass
 class Given:
-    """What the user gave to be read."""
+    """The input that the options name."""
 
     questions: list[Question]  # of --prompt or --prompts
     system: str  # of --system
@@ -188,7 +188,7 @@ class Given:
 
 
 def read_input(config: SampleConfig) -> Given:
-    """Read all files that the options name, before the model is loaded, so that a wrong name is told at once."""
+    """Read all files that the options name. This happens before the model is loaded, so a wrong name fails at once."""
     if config.prompts:
         questions = read_questions(config.prompts)
     else:
@@ -198,12 +198,12 @@ def read_input(config: SampleConfig) -> Given:
 
 
 def without_last_line_break(text: str) -> str:
-    """A file's text without the line break that every editor puts at its end."""
+    """Return a file's text without the line break that every editor puts at its end."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Prompt]:
-    """The questions as the model reads them; the user is told which of them are longer than its context."""
+    """Return the prompts for the model, and print a note if some of them are longer than its context."""
     questions = given.questions
     if model.template and config.prompt.startswith("FILE:"):
         questions = [Question({"prompt": without_last_line_break(questions[0].fields["prompt"])})]
@@ -222,7 +222,7 @@ def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Pr
 
 
 def batches(prompts: list, size: int) -> Iterator[list]:
-    """The prompts, `size` at a time; progress is shown where the texts themselves go elsewhere than to the terminal."""
+    """Yield the prompts, `size` at a time, with a progress bar if the texts do not go to the terminal."""
     quiet = True if len(prompts) <= size or sys.stdout.isatty() else None  # None: if stderr is a terminal
     with tqdm(total=len(prompts), unit=" texts", disable=quiet) as bar:
         for start in range(0, len(prompts), size):
@@ -231,9 +231,9 @@ def batches(prompts: list, size: int) -> Iterator[list]:
 
 
 def write_samples(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -> None:
-    """Draw num_samples texts for each prompt, and print them batch by batch, in order."""
+    """Sample num_samples texts for each prompt, and print them batch by batch, in order."""
     rows = [(prompt, n) for prompt in prompts for n in range(config.num_samples)]
-    done, live = 0, not (config.prompts or config.json)  # live: the first text is shown as it is made
+    done, live = 0, not (config.prompts or config.json)  # live: show the first text while it is generated
     for batch in batches(rows, config.batch_size if config.prompts else len(rows)):
         drawn = draw(model, config, [prompt for prompt, _ in batch], config.seed + done, live)
         for (prompt, n), (text, finish, tokens) in zip(batch, drawn, strict=True):
@@ -248,7 +248,7 @@ def write_samples(model: TextModel, config: SampleConfig, prompts: list[Prompt])
 def draw(
     model: TextModel, config: SampleConfig, prompts: list[Prompt], seed: int, live: bool
 ) -> list[tuple[str, str, list[Token]]]:
-    """One text for each prompt, as (text, why it ended, tokens); if live, the first one is printed as it is made."""
+    """Sample one text per prompt: (text, reason for ending, tokens). live: print the first while it is generated."""
     texts = [Text(model.tokenizer, config.stops()) for _ in prompts]
     rows: list[list[Token]] = [[] for _ in texts]
 
@@ -291,7 +291,7 @@ def write_beams(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -
 
 
 def write_beam(model: TextModel, config: SampleConfig, prompt: Prompt, rank: int, beam: Hypothesis) -> None:
-    """Print one text that beam search found, the rank-th best of its prompt."""
+    """Print one text of beam search; rank: 1 for the best text of its prompt."""
     finish = "eos" if beam.tokens[-1] == model.eos_id else "length"
     text = model.tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
     if config.json:
@@ -304,7 +304,7 @@ def write_beam(model: TextModel, config: SampleConfig, prompt: Prompt, rank: int
 
 
 def header(config: SampleConfig, prompt: Prompt, number: int) -> str:
-    """The line above a text: where its prompt comes from, and its number among that prompt's texts."""
+    """Return the line above a text: the place of its prompt, and its number among the texts of that prompt."""
     place = prompt.question.place
     if not place:
         return f"--- {number}"
@@ -312,18 +312,18 @@ def header(config: SampleConfig, prompt: Prompt, number: int) -> str:
 
 
 def print_json(prompt: Prompt, text: str, finish: str, tokens: list[int], logprobs: list[float], **more: float) -> None:
-    """Print the prompt's fields and the answer's as one line.
+    """Print one line of JSON: the fields of the prompt and those of the answer.
 
-    finish: eos (the model ended the text), stop (a stop string came) or length (max_new_tokens were made).
+    finish: eos (the model ended the text), stop (a stop string occurred) or length (max_new_tokens were generated).
     """
     answer = {"text": text, "finish": finish, **more, "logprob": sum(logprobs), "tokens": tokens, "logprobs": logprobs}
     print(json.dumps(prompt.question.fields | answer), flush=True)
 
 
 def write_score(model: TextModel, config: SampleConfig, text: str) -> None:
-    """Print how likely a text is: in nats, as perplexity per token, and in bits per byte, which compares tokenizers."""
+    """Print the log-likelihood of a text, its perplexity per token, and its bits per byte, which compare tokenizers."""
     tokens = prompt_tokens(model.tokenizer, text)
-    given = 0 if model.tokenizer.eot_id is not None else len(model.tokenizer.bytes_of(tokens[0]))  # the first is given
+    given = 0 if model.tokenizer.eot_id is not None else len(model.tokenizer.bytes_of(tokens[0]))  # not predicted
     counted = len(text.encode()) - given
     if len(tokens) < 2 or counted < 1:
         raise ValueError(f"{config.score} holds too little text to score")

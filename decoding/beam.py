@@ -68,7 +68,7 @@ class Search:
         return (parents + [0] * self.W)[: self.W]
 
     def decided(self) -> bool:
-        """Whether no open beam can win any more.
+        """Return whether no open beam can win any more.
 
         A log-probability only falls as its beam grows, so the best open beam's bounds the scores of all.
         """

@@ -1,8 +1,8 @@
-"""The KV cache: keys and values of the tokens read so far, handed to the model from outside.
+"""The KV cache: keys and values of the tokens read so far, passed to the model from outside.
 
-Notable: every row of the batch has its own length, and beams may share a row. What is special about the tokens of a
-call is told with `expect`. The model then calls `place` before its first layer, `append` in each layer, `last` if it is
-asked for the last tokens' logits alone, and `advance` after its last layer.
+Notable: every row of the batch has its own length, and beams may share a row. Before a call, `expect` tells the cache
+what is special about its tokens. The model then calls `place` before its first layer, `append` in each layer, `last`
+if only the last tokens' logits are wanted, and `advance` after its last layer.
 """
 
 import copy
@@ -18,7 +18,7 @@ NOWHERE = 1 << 40  # position of an empty cache slot: larger than any query's, s
 
 
 class Expected(NamedTuple):
-    """What is special about the tokens of a call; see `KVCache.expect`."""
+    """The arguments of `KVCache.expect`: what is special about the tokens of a call."""
 
     lengths: list[int] | None = None
     positions: Tensor | None = None
@@ -43,10 +43,10 @@ class KVCache:
         self.longest = 0  # = lengths.max(), known without asking the device
         self.used = 0  # slots taken
         self.padded = False  # whether a slot that is taken holds padding
-        self.slots: slice | Tensor = slice(0)  # those of the tokens now being read
+        self.slots: slice | Tensor = slice(0)  # slots of the tokens now being read
         self.frozen = False
-        self.coming = Expected()  # of the next call
-        self.reading = Expected()  # of the call in progress
+        self.coming = Expected()  # what `expect` told about the next call
+        self.reading = Expected()  # what `expect` told about the call in progress
 
     def expect(
         self, *, lengths: list[int] | None = None, positions: Tensor | None = None, visible: Tensor | None = None
@@ -54,9 +54,10 @@ class KVCache:
         """Tell what is special about the tokens (B, T) that the model reads next; returns the cache itself.
 
         lengths: how many tokens of each right-padded row are real; by default all.
-        positions (B, T), below block_size, and visible (B, T, S) are for beams that share a row: where each token
-        stands, and which of the cache's slots it sees, the T new ones included. Both are given, or neither; by default
-        a token continues its row and sees the whole row. The rows' lengths then stay as they are.
+        positions (B, T), below block_size, and visible (B, T, S) are for beams that share a row: the position of each
+        token, and which of the S slots it sees, the T new ones included. The rows' lengths then do not change. By
+        default a token continues its row and sees the whole row. Raises ValueError unless positions and visible come
+        together, without lengths.
 
             model(idx, cache=cache.expect(lengths=[3, 5]))
         """
@@ -68,7 +69,7 @@ class KVCache:
     def freeze(self) -> None:
         """From now on read one token per row and call, always with the same shapes and addresses, as CUDA graphs need.
 
-        Attention then runs over all max_length slots, and the caller sees to it that there is room for the token.
+        Attention then covers all max_length slots, and the caller must make sure that there is room for the token.
         """
         self.frozen, self.slots = True, torch.tensor([self.used - 1], device=self.k.device)
 
@@ -101,11 +102,11 @@ class KVCache:
         return positions, self.key_positions(), mask
 
     def key_positions(self) -> Tensor:
-        """The positions of all slots taken so far, (B, S)."""
+        """Return the positions of all slots taken so far, (B, S)."""
         return self.positions if self.frozen else self.positions[:, : self.used]
 
     def mask(self, positions: Tensor) -> Mask:
-        """The mask with which each of the T tokens just placed sees everything in its row up to itself."""
+        """Return the causal mask of the T tokens just placed: each sees all tokens of its row up to itself."""
         T, keys = positions.size(1), self.key_positions()
         # Without padding, one token per row sees all slots, and tokens that begin a cache are plainly causal.
         if not self.padded and not self.frozen and T in (1, self.used):
@@ -120,7 +121,7 @@ class KVCache:
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
     def last(self, T: int) -> Tensor:
-        """The index, among the T tokens now being read, of each row's last real one: (B,)."""
+        """Return the index of each row's last real token among the T tokens now being read: (B,)."""
         lengths = self.reading.lengths
         return torch.full((len(self.lengths),), T - 1) if lengths is None else torch.tensor(lengths) - 1
 
@@ -139,12 +140,12 @@ class KVCache:
             self.longest = int(self.lengths.max())
 
     def regroup(self, rows: Tensor, room: int) -> "KVCache":
-        """A new cache whose row b holds the rows `rows[b]` of this one side by side, with `room` empty slots behind.
+        """Return a new cache whose row b holds the rows `rows[b]` of this one side by side, then `room` empty slots.
 
-        rows: (B, n). Let this cache have three rows of two tokens each, ab, cd and ef; one more slot is wanted (-).
+        rows: (B, n). Example: this cache has three rows of two tokens each, ab, cd and ef, and room is 1 (-).
         n = 1 repeats, reorders and drops rows:  [[0], [0], [2]] → ab-, ab-, ef-
         n = 2 puts two into one row, for beams:  [[0, 1]] → abcd-
-        With n > 1 a row has no length of its own any more: every call must be told `positions` and `visible`.
+        With n > 1 a row has no length of its own: `expect` must be given `positions` and `visible` before every call.
         """
         new = copy.copy(self)
         new.k, new.v = (

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what was said, the commands, and what of it the model still sees."""
+"""A conversation in the terminal: its messages, its commands, and the part that fits into the model's context."""
 
 import importlib.util
 import json
@@ -30,9 +30,9 @@ Ctrl-C         stop the model"""
 
 
 class Conversation:
-    """What was said so far: messages, or for a base model, which knows no roles, one text that it goes on with.
+    """The conversation so far: messages, or for a base model, which knows no roles, one text that it continues.
 
-    Both are kept whole, to be saved; `prompt` takes of them what fits into the model's context.
+    Both are kept whole for /save; `prompt` uses the part that fits into the model's context.
     """
 
     def __init__(self, model: TextModel, system: str = ""):
@@ -47,10 +47,10 @@ class Conversation:
         self.forgotten = 0  # messages that the model no longer sees
 
     def prompt(self, line: str) -> Prompt:
-        """What the model is to read for this line. Raises ValueError for a character that its tokenizer lacks.
+        """Return the prompt for the user's line. Raises ValueError for a character that the tokenizer lacks.
 
-        Turns are forgotten a question and its answer at a time, the oldest first, to leave the answer a quarter of
-        the context. What is forgotten, or does not fit even so, is told.
+        To leave a quarter of the context for the answer, the oldest turns (a question and its answer) are dropped. A
+        note tells the user that turns are dropped, or that the line alone does not fit.
         """
         limit = self.model.block_size
         if self.model.template is None:
@@ -77,11 +77,11 @@ class Conversation:
         return prompt
 
     def add(self, line: str, answer: str) -> None:
-        """Remember a line and the answer to it; a question that got no answer is not kept, which is told."""
+        """Add a line and its answer to the conversation; without an answer, print a note instead."""
         if self.model.template is None:
             self.text += (line or "\n") + answer
             return
-        for name in self.model.tokenizer.special_tokens:  # they are no text, should the model make one
+        for name in self.model.tokenizer.special_tokens:  # if the model wrote one: they are not text
             answer = answer.replace(name, "")
         if answer.strip():
             self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
@@ -89,7 +89,7 @@ class Conversation:
             note("note: there was no answer, so this message is not remembered")
 
     def save(self, name: str) -> None:
-        """Write it to a file that is not there yet, as data/chat/prepare.py (for a base model data/text) reads it."""
+        """Write the conversation to a new file, which data/chat/prepare.py (for a base model data/text) can read."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         row = {"messages": [*system, *self.messages]} if self.model.template else {"text": self.text}
         try:
@@ -108,7 +108,7 @@ class Conversation:
             note(f"/save FILE: cannot write {name!r}: {getattr(error, 'strerror', None) or error}")
 
     def set_system(self, text: str) -> None:
-        """Set the system message from the next answer on; an empty one is none."""
+        """Set the system message for the next answers; an empty text removes it."""
         if self.model.template is None:
             note("this is a base model, which knows no system message: go on with its text instead")
             return
@@ -117,9 +117,9 @@ class Conversation:
 
 
 def chat(model: TextModel, system: str, stops: list[str], max_new_tokens: int, **drawing) -> None:
-    """Talk in the terminal until /quit or the end of the input. drawing: the options of `stream`."""
+    """Talk in the terminal until /quit or the end of the input. drawing: options of `stream`."""
     if sys.stdin.isatty() and importlib.util.find_spec("readline"):  # Windows has none
-        import readline  # noqa: F401  from here on, input() knows the arrow keys and what was typed before
+        import readline  # noqa: F401  gives input() arrow keys and a history
     said = Conversation(model, system)
     if model.template is None:
         note("A base model: it goes on with the text that you type; Enter alone adds a line break.")
@@ -129,7 +129,7 @@ def chat(model: TextModel, system: str, stops: list[str], max_new_tokens: int, *
             line = input("> ")
         except EOFError:
             if sys.stdin.isatty():
-                print()  # Ctrl-D leaves the cursor behind the "> "
+                print()  # Ctrl-D leaves the cursor after the "> "
             return
         except KeyboardInterrupt:
             note("\n/quit or Ctrl-D leaves")
@@ -151,7 +151,7 @@ def chat(model: TextModel, system: str, stops: list[str], max_new_tokens: int, *
 
 
 def obey(said: Conversation, line: str) -> bool:
-    """Do what a line that begins with a slash asks for; True if that is to leave."""
+    """Obey a command, a line that begins with a slash; returns True for /quit."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     alone = command in ("/quit", "/reset", "/help")
@@ -174,14 +174,14 @@ def obey(said: Conversation, line: str) -> bool:
 
 
 def answer(model: TextModel, prompt: Prompt, stops: list[str], max_new_tokens: int, **drawing) -> str:
-    """Print one answer as it comes, and return it; Ctrl-C ends it where it is."""
+    """Print one answer while it is generated, and return it; Ctrl-C ends it early."""
     text, length = Text(model.tokenizer, stops), len(prompt.tokens)
 
     def ends(_: int, token: int) -> bool:
         show(text.add(token), end="")
         return text.stopped
 
-    with suppress(KeyboardInterrupt):  # what was said so far is the answer
+    with suppress(KeyboardInterrupt):  # the text so far is the answer
         for _ in stream(model.gpt, [prompt.tokens], max_new_tokens, **drawing, eos_id=model.eos_id,
                         vocab_size=model.tokenizer.vocab_size, ends=ends):  # fmt: skip
             length += 1

@@ -1,6 +1,6 @@
-"""Faster decoding of the same model: weights laid out for few rows, weights as bytes, a step as a CUDA graph.
+"""Faster decoding of the same model: weights laid out for few rows, int8 weights, and steps as CUDA graphs.
 
-All of it is applied to a model from outside, and only for decoding: such a model can neither be trained nor saved.
+`speed_up` changes a model for decoding only: afterwards it can neither be trained nor saved.
 tests/test_fast.py proves that each of these equals the plain model, except int8, which rounds the weights:
 `sample.py --score=FILE --quantize=int8` measures how much that costs.
 """
@@ -93,7 +93,7 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
 
 
 def on_cpu(model: GPT) -> bool:
-    """Whether the model is on a CPU, in float32."""
+    """Return whether the model is on a CPU, in float32."""
     return model.tok_emb.weight.device.type == "cpu" and model.tok_emb.weight.dtype == torch.float32
 
 

@@ -1,6 +1,6 @@
-"""What a model reads before it writes: a text to continue, or for a fine-tuned model a conversation to answer.
+"""Prompts: a text to continue, or for a fine-tuned model a conversation to answer, and how they become tokens.
 
-A prompt is given by --prompt, typed in a chat, or stands in a file of prompts: a .txt file with one per line, or a
+A prompt comes from --prompt, from a chat, or from a file of prompts: a .txt file with one per line, or a
 .jsonl file with an object per line, {"prompt": "..."} or {"messages": [{"role": ..., "content": ...}, ...]}. An object
 may also have a "system", and any other fields, such as an id, which its answer repeats.
 """
@@ -16,17 +16,17 @@ from model import GPT
 from text.chat import Message, Template
 from text.tokenizer import Tokenizer
 
-# What an answer adds to the fields of its prompt.
+# The fields that an answer adds to those of its prompt
 ANSWER_FIELDS = ("text", "finish", "score", "logprob", "tokens", "logprobs")
 
 
 @dataclass
 class TextModel:
-    """A model with what turns text into its tokens and back."""
+    """A model with its tokenizer and its chat template."""
 
     gpt: GPT
     tokenizer: Tokenizer
-    template: Template | None  # how a conversation becomes tokens; None for a base model, which knows no roles
+    template: Template | None  # None for a base model, which knows no roles
 
     @property
     def eos_id(self) -> int | None:
@@ -35,7 +35,7 @@ class TextModel:
 
     @property
     def block_size(self) -> int:
-        """The most tokens that the model sees at once."""
+        """Length of the context: the most tokens that the model sees at once."""
         return self.gpt.config.block_size
 
 
@@ -44,7 +44,7 @@ class Question:
     """A prompt as the user gave it."""
 
     fields: dict[str, Any]  # "prompt" or "messages", perhaps "system", and whatever else its line holds
-    place: str = ""  # the file and the line that it comes from
+    place: str = ""  # its file and line, for messages
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Prompt:
 
     question: Question
     tokens: list[int]
-    shown: str  # what is printed before the model's text
+    shown: str  # the text to print before the model's
 
 
 def read_text(path: str, what: str) -> str:
-    """A file's text, its line breaks as they are. Raises ValueError if it cannot be read or is not UTF-8."""
+    """Return a file's text, its line breaks as they are. Raises ValueError if it cannot be read or is not UTF-8."""
     try:
         return Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,7 +68,7 @@ def read_text(path: str, what: str) -> str:
 
 
 def typed_text(text: str, what: str) -> str:
-    """The text that a user typed. Raises ValueError if its bytes are no UTF-8.
+    """Return the text that a user typed. Raises ValueError if it is not UTF-8.
 
     Bytes that the locale cannot decode arrive as lone surrogates; if they are UTF-8 after all, they are read as such.
     """
@@ -79,7 +79,7 @@ def typed_text(text: str, what: str) -> str:
 
 
 def text_or_file(option: str, what: str) -> str:
-    """The option's text, or for FILE:path the text of that file."""
+    """Return the option's text, or for FILE:path the text of that file."""
     if option.startswith("FILE:"):
         return read_text(option.removeprefix("FILE:"), f"file of {what}")
     return typed_text(option, what)
@@ -90,9 +90,9 @@ def text_or_file(option: str, what: str) -> str:
 
 
 def read_questions(path: str) -> list[Question]:
-    """The prompts of a .txt file (one per line), a .jsonl file (an object per line) or a .json file (a list of them).
+    """Read prompts from a .txt file (one per line), a .jsonl file (an object per line) or a .json file (a list).
 
-    Blank lines are no prompts. Raises ValueError with the file and the line that is wrong.
+    Blank lines are skipped. Raises ValueError with the file and the line for a prompt that cannot be read.
     """
     kind = Path(path).suffix.lower()
     if kind not in (".txt", ".jsonl", ".json"):
@@ -113,7 +113,7 @@ def read_questions(path: str) -> list[Question]:
 
 
 def parse_json(text: str, place: str) -> object:
-    """The JSON value. Raises ValueError that names the place."""
+    """Parse a JSON value. Raises ValueError with the place."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -124,7 +124,7 @@ def parse_json(text: str, place: str) -> object:
 
 
 def check_fields(row: object, place: str) -> dict[str, Any]:
-    """The object of a line. Raises ValueError for what is no prompt."""
+    """Return the row. Raises ValueError with the place if it is not a prompt."""
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f'{place}: an object with either "prompt" or "messages" is needed')
     for name in ("prompt", "system"):
@@ -150,9 +150,9 @@ def check_fields(row: object, place: str) -> dict[str, Any]:
 
 
 def make_prompts(model: TextModel, questions: list[Question], system: str) -> list[Prompt]:
-    """Every question as the model reads it. Raises ValueError with the place of one that is no prompt for this model.
+    """Turn every question into a prompt. Raises ValueError with the place of a question that this model cannot read.
 
-    system: the system message of the questions that have none of their own.
+    system: the system message for questions without one.
     """
     prompts = []
     for question in questions:
@@ -164,7 +164,10 @@ def make_prompts(model: TextModel, questions: list[Question], system: str) -> li
 
 
 def make_prompt(model: TextModel, question: Question, system: str = "") -> Prompt:
-    """The beginning of a document for a base model; a conversation, up to where the answer begins, for others."""
+    """Turn a question into tokens: for a base model a text to continue, else a conversation up to its answer.
+
+    Raises ValueError if this model cannot read the question.
+    """
     fields = question.fields
     if model.template is not None:
         tokens, _ = model.template.render(conversation(fields, system), reply=True)
@@ -176,7 +179,7 @@ def make_prompt(model: TextModel, question: Question, system: str = "") -> Promp
 
 
 def conversation(fields: dict, system: str) -> list[Message]:
-    """The messages of a question, the system's first if there is one."""
+    """Return the messages of a question, with the system message first if there is one."""
     if fields.get("prompt") == "":
         raise ValueError("this model was fine-tuned to answer: give it a --prompt, or talk with it by --chat")
     system = fields.get("system", system)
@@ -191,4 +194,4 @@ def conversation(fields: dict, system: str) -> list[Message]:
         case [*messages]:
             return [*begin, *messages]
         case messages:
-            return messages  # no list: rendering it says what is wrong
+            return messages  # not a list: `Template.render` raises the error

@@ -1,4 +1,4 @@
-"""How likely a text is: the log-probability of each of its tokens."""
+"""Score a text: the log-probability of each of its tokens."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ SCORE_BATCH = 8  # windows of a text that are read at once
 
 @torch.inference_mode()
 def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None, progress: bool = False) -> Tensor:
-    """The log-probability of each token but the first, (n - 1,), given what generation would see of those before it.
+    """Return the log-probability of each token but the first, (n - 1,), given the context that `stream` would use.
 
     vocab_size: the tokenizer's, where the model's is rounded up. progress: show a bar.
     Raises ValueError for a model with causal=False.
@@ -22,7 +22,7 @@ def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None,
         raise ValueError("causal=False: a model that sees its future gives no probabilities of a text")
     check_prompts([tokens], model.config.vocab_size)
     block_size, device = model.config.block_size, model.tok_emb.weight.device
-    windows, start, done = [], 0, 1  # done: how many tokens have their probability already
+    windows, start, done = [], 0, 1  # done: number of tokens that need no more log-probability
     while done < len(tokens):
         end = min(start + block_size, len(tokens) - 1)  # the last token is predicted, never read
         windows.append((start, done, end))

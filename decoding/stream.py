@@ -1,4 +1,4 @@
-"""From a model to tokens, one at a time: greedy, or drawn at random with temperature, top-k, top-p and min-p.
+"""Generate tokens one at a time: greedily, or at random with temperature, top-k, top-p and min-p.
 
 Notable: a prompt is read once, and every further token costs one step through the KV cache. Prompts of different
 lengths share a batch, and equal prompts are read once. Row i's random numbers come from seed + i alone, so its text
@@ -92,7 +92,10 @@ def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt as the beginning of a document: after an end-of-text token where the tokenizer has one."""
+    """Encode the prompt as the beginning of a document: after the end-of-text token if the tokenizer has one.
+
+    Raises ValueError for a character that the tokenizer lacks.
+    """
     if tokenizer.eot_id is not None:
         return [tokenizer.eot_id, *tokenizer.encode(prompt)]
     try:
@@ -173,6 +176,6 @@ def stream(
 
 
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
-    """The new tokens of each prompt, the closing eos_id included; the options are those of `stream`."""
+    """Return the new tokens of each prompt, the closing eos_id included; the options are those of `stream`."""
     columns = list(stream(model, prompts, max_new_tokens, **options))
     return [[column[i].id for column in columns if column[i] is not None] for i in range(len(prompts))]

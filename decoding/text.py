@@ -1,4 +1,4 @@
-"""Tokens to text: characters as they are finished, stop strings, and what of it a terminal may see."""
+"""Turn tokens into text: complete characters only, up to a stop string; and print it safely on a terminal."""
 
 import codecs
 import json
@@ -11,32 +11,33 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # after a backslash, in
 
 
 class Text:
-    """The text of one row of tokens, as they come, up to a stop string.
+    """The text of one row of tokens, built token by token, up to a stop string.
 
-    Two things are held back until more tokens decide: the bytes of an unfinished character, and text that may be the
-    beginning of a stop string. So a stop string is found wherever tokens cut it, and is never shown in part.
+    Two things are held back until more tokens decide: the bytes of an incomplete character, and text that may be the
+    beginning of a stop string. So a stop string is found even if it spans several tokens, and is never shown in part.
+    Example: with the stop string "\\nQ", add returns "" for "\\n", and then "\\nA" for "A".
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: list[str]):
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.text = ""  # all that is certain
-        self.held = ""  # what may be the beginning of a stop string
+        self.text = ""  # the text without what is held back
+        self.held = ""  # text that may be the beginning of a stop string
         self.stopped = False  # has a stop string been found?
 
     def add(self, token: int) -> str:
-        """Take the next token; returns the text that has become certain by it."""
+        """Add the next token; return the new text that is no longer held back."""
         held = self._search(self.decoder.decode(self.tokenizer.bytes_of(token)))
         begun = [n for stop in self.stops for n in range(len(stop)) if held.endswith(stop[:n])]
         prefix = 0 if self.stopped else max(begun, default=0)
         return self._settle(held[: len(held) - prefix], held[len(held) - prefix :])
 
     def end(self) -> str:
-        """No token follows: returns what was held back."""
+        """End the text after the last token; return the text that was held back."""
         return self._settle(self._search(self.decoder.decode(b"", final=True)), "")
 
     def _search(self, piece: str) -> str:
-        """The text that is not certain yet, with the new piece, up to the stop string that begins first in it."""
+        """Return the held text plus the new piece, up to the first stop string in it."""
         held = "" if self.stopped else self.held + piece
         ends = [held.find(stop) for stop in self.stops if stop in held]
         self.stopped |= bool(ends)
@@ -48,10 +49,10 @@ class Text:
 
 
 def read_stops(option: str) -> list[str]:
-    r"""The stop strings of --stop: one string, in which \n, \t, \r and \\ are escapes, or a JSON list of strings.
+    r"""Return the stop strings of --stop: one string, with the escapes \n, \t, \r and \\, or a JSON list of strings.
 
-    A shell passes '\n' on as a backslash and an n, and people mean a line break by it. Other backslashes stay.
-    Raises ValueError for a JSON list of anything but strings that are not empty.
+    A shell passes '\n' on as a backslash and an n. Other backslashes stay as they are.
+    Raises ValueError if the JSON list holds anything but non-empty strings.
     """
     try:
         stops = json.loads(option) if option.startswith("[") else None
@@ -75,7 +76,7 @@ def unescape(text: str) -> str:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Print text that a model wrote. A terminal gets it `visible`; a file or a pipe gets exactly what was written.
+    """Print text that a model wrote: unchanged to a file or a pipe, and with escapes (`visible`) to a terminal.
 
     A terminal obeys control characters: an escape sequence can clear the screen, or type for the user.
     """
@@ -83,5 +84,5 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def note(message: str) -> None:
-    """Print a line for the user on stderr, apart from the text."""
+    """Print a message for the user on stderr."""
     print(message, file=sys.stderr, flush=True)
