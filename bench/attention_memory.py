@@ -1,10 +1,10 @@
-"""Peak memory of attention, forward and backward, as the context grows: flash beside math, and that they agree.
+"""Peak memory of flash and math attention, forward and backward, as the context grows; checks that both agree.
 
     python bench/attention_memory.py [--device=cuda] [--lengths=1024,2048,4096]
 
-Math keeps the (T, T) scores, flash never does. Each case is a process of its own: on the CPU its memory is the growth
-of the process's peak (ru_maxrss), on CUDA what PyTorch allocated. The results travel through a file, so that the two
-kinds are never in memory together.
+Math attention stores the (T, T) scores, flash attention does not. Each case has a process of its own: on the CPU its
+memory is the growth of the process's peak (ru_maxrss), on CUDA the peak of PyTorch's allocations. Results are compared
+through a file, so that the two kinds are never in memory together.
 """
 
 import argparse
@@ -22,12 +22,12 @@ DEFAULT_LENGTHS = "1024,2048,4096,8192,16384"
 
 
 def measure(kind: str, T: int, device: str, results: Path) -> None:
-    """In a process of its own: print the MiB and seconds that attention takes, and how far it is from `results`.
+    """Print the MiB and seconds that attention takes, and the largest difference from `results`; in its own process.
 
-    The first kind to come here writes the file; the second one compares with it.
+    The first kind writes the file `results`; the second one compares with it.
     """
     sys.path.insert(0, str(ROOT))
-    import torch  # here and not above: a process starts with the peak of the one that started it
+    import torch  # not at the top: a process inherits the memory peak of its parent
     from safetensors.torch import load_file, save_file
 
     from model import Mask, attention
@@ -47,7 +47,7 @@ def measure(kind: str, T: int, device: str, results: Path) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
-    forward_and_backward(16)  # what the libraries load on first use is not attention's
+    forward_and_backward(16)  # do not count what the libraries load on first use
     synchronize()
     before, start = peak(), time.perf_counter()
     mine = forward_and_backward(T)
@@ -63,7 +63,7 @@ def measure(kind: str, T: int, device: str, results: Path) -> None:
 
 
 def growth(lengths: list[int], memory: list[float]) -> float:
-    """The p of memory ~ T^p, between the last two lengths."""
+    """Return the exponent p of memory ~ T^p, from the last two lengths."""
     return math.log(memory[-1] / memory[-2]) / math.log(lengths[-1] / lengths[-2])
 
 

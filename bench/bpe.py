@@ -1,11 +1,10 @@
-"""Learning a BPE vocabulary, rustbpe and Hugging Face tokenizers beside ours; and encoding, beside tiktoken.
+"""Speed of learning a BPE vocabulary, against rustbpe and Hugging Face tokenizers, and of encoding, against tiktoken.
 
     python bench/bpe.py --input FILES [--sizes 5,12,100] [--vocab_sizes 4096,32768] [--repeat 3]
 
-All learn from the first N megabytes of the files, as the same documents of about 100 kB, with the same pattern and
-vocabulary size. Each run is a process of its own; reported are the median time, imports left out, and the highest
-memory, that of its own child processes included. Peers that are not installed are left out (pip install rustbpe
-tokenizers).
+All learn from the first N megabytes of the files, in the same documents of about 100 kB, with the same pattern and
+vocabulary size. Each run is a process of its own. The table shows the median time without imports, and the peak memory
+including child processes. Peers that are not installed are left out (pip install rustbpe tokenizers).
 """
 
 import argparse
@@ -20,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# rustbpe and tokenizers know no possessive quantifiers in some places; without them the pattern cuts alike, more slowly
+# rustbpe and tokenizers lack some possessive quantifiers; without these, the pattern makes the same chunks, more slowly
 GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 
@@ -52,7 +51,7 @@ LEARNERS = {"ours": learn_ours, "rustbpe": learn_rustbpe, "tokenizers": learn_to
 
 
 def documents_of(files: list[str], megabytes: int) -> list[str]:
-    """The first megabytes of the files, cut into documents at line breaks."""
+    """Return the first megabytes of the files, cut into documents at line breaks."""
     documents, wanted = [], megabytes * 1_000_000
     for path in files:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -63,7 +62,7 @@ def documents_of(files: list[str], megabytes: int) -> list[str]:
 
 
 def measure(name: str, files: list[str], megabytes: int, vocab_size: int, pipe) -> None:
-    """In a process of its own: send the seconds and the MiB that learning took."""
+    """Send the seconds and the MiB that learning takes through the pipe; None if the files are too short."""
     documents = documents_of(files, megabytes)
     if sum(map(len, documents)) < 0.99e6 * megabytes:
         pipe.send(None)

@@ -3,8 +3,8 @@
     python bench/decode.py [--nanogpt PATH_TO_A_CLONE] [--device=cuda] [--shape=1.5b] [--new=128] [--repeat=5]
 
 GPT-2's shape, prompts of 16 tokens, greedy and with 4 beams, one prompt and batches; float32 on a CPU, bfloat16 on a
-GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured in the same
-run: no one-row decoder that reads them once per token can be faster.
+GPU. The engines take turns, and the medians are printed. The limit is the memory bandwidth, measured in the same run,
+divided by the size of the weights: a decoder that reads all weights for each token of one row cannot be faster.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def synchronize(device: str) -> None:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes per second at which memory is read, the best of ten sums over 1 GB."""
+    """Return the bytes per second at which memory is read, the best of ten sums over 1 GB."""
     block, best = torch.ones(1 << 28, device=device), 0.0
     for _ in range(10):
         synchronize(device)
@@ -57,7 +57,7 @@ def bandwidth(device: str) -> float:
 
 
 def transformers_engine(model: torch.nn.Module, prompts: torch.Tensor, new: int, **options) -> Callable:
-    model.generation_config.eos_token_id = None  # nobody stops early
+    model.generation_config.eos_token_id = None  # no engine stops early
     options |= {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
     @torch.inference_mode()
@@ -68,7 +68,7 @@ def transformers_engine(model: torch.nn.Module, prompts: torch.Tensor, new: int,
 
 
 def nanogpt_engine(clone: str, weights: dict, shape: tuple[int, int, int], prompts: torch.Tensor, new: int) -> Callable:
-    """nanoGPT's model with transformers' weights, which it names alike but keeps transposed; top_k=1 is greedy."""
+    """Return nanoGPT's generate with transformers' weights, some of them transposed; top_k=1 is greedy."""
     ours = sys.modules.pop("model")  # both projects call it that
     sys.path.insert(0, clone)
     from model import GPT, GPTConfig

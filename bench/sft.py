@@ -1,10 +1,10 @@
-"""Fine-tuning: packing against three ways of padding, and LoRA against training all weights.
+"""Speed and memory of fine-tuning: packing against three ways of padding, and LoRA against training all weights.
 
     python bench/sft.py [--init_from=out/pydocs] [--steps=80]
 
-The embedded conversations (python data/pydocs_sft/prepare.py), the demo's model, AdamW. Every way takes about as many
-conversations per step; the loss is taken when as many response tokens were seen. Memory: the highest of a process that
-takes three steps with GPT-2's 124M shape, a row of 256 tokens.
+The data are the embedded conversations (data/pydocs_sft), the model is the demo's, trained with AdamW. All ways take
+about as many conversations per step, and their losses are measured after the same number of response tokens. Memory is
+the peak of a process that takes three steps with GPT-2's 124M shape and a row of 256 tokens.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROWS = 16  # packed rows per step
 
 
 class Padded(Rows):
-    """Padding without length buckets: conversations in random order, as wide as a batch's longest or the context."""
+    """Padding without length buckets: conversations in random order, padded to the batch's longest or the context."""
 
     def __init__(self, examples, block_size, whole_context):
         super().__init__(examples, block_size, packing=False)
@@ -52,7 +52,7 @@ def counted(batch: dict) -> int:
 
 
 def train(model: GPT, rows: Rows, batch_size: int, steps: int = 0, responses: int = 0) -> tuple[int, float]:
-    """So many steps, or steps until so many response tokens were seen; returns these tokens and the seconds."""
+    """Take `steps` steps, or steps until `responses` response tokens are used; returns these tokens and the seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     seen, step, begin = 0, 0, time.perf_counter()
     while step < steps or seen < responses:
@@ -71,7 +71,7 @@ def val_loss(model: GPT, rows: Rows) -> float:
 
 
 def measure_memory(rank: int) -> None:
-    """Three steps with all weights (rank 0) or with LoRA; prints the process's highest memory in MiB."""
+    """Take three steps with all weights (rank 0) or LoRA; print the trained weights and the peak memory in MiB."""
     model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=12, n_head=12, n_embd=768))
     if rank:
         add_lora(model, LoraConfig(rank, 16.0, TARGETS))

@@ -1,13 +1,13 @@
-"""Seconds to nanoGPT's loss on tiny Shakespeare: nanoGPT's own recipe, then ours, then both scored alike.
+"""Seconds to nanoGPT's loss on tiny Shakespeare: train by nanoGPT's recipe and by ours, then score both models.
 
     python bench/time_to_loss.py --input tinyshakespeare.txt --nanogpt PATH_TO_A_CLONE [--gpu] [--plot FILE.svg]
 
 Each run is the whole command a user would type, timed from start to exit, one after the other on an idle machine. Both
 final models are scored on the whole validation split, in the same consecutive windows. Without --gpu: nanoGPT's README
 recipe for a CPU against config/shakespeare_char_cpu.py; with --gpu: its config/train_shakespeare_char.py against
-config/shakespeare_char.py. Ours runs three times: with just enough steps to pass nanoGPT's loss, with as many as fit
-into nanoGPT's time, and as the config says. --plot draws the validation losses that both print on the way, at the
-second at which they print them (nanoGPT estimates it from 20 batches, ours is that of the whole split).
+config/shakespeare_char.py. Our recipe runs three times: with just enough steps to beat nanoGPT's loss, with as many as
+fit into nanoGPT's time, and as in the config. --plot draws the validation losses that both print during training
+against time (nanoGPT estimates them from 20 batches, ours cover the whole split).
 """
 
 import argparse
@@ -41,7 +41,7 @@ Curve = list[tuple[float, float]]  # (seconds since the command began, validatio
 
 
 def timed(command: list[object], folder: Path) -> tuple[float, Curve]:
-    """Run the command in that folder to its end; returns its seconds and the validation losses that it printed."""
+    """Run the command in the folder; returns its seconds and the validation losses that it printed."""
     begin, lines, curve = time.perf_counter(), [], []
     process = subprocess.Popen(
         [sys.executable, "-u", *map(str, command)],
@@ -79,7 +79,7 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
 
 
 def run_nanogpt(clone: Path, text: Path, work: Path, gpu: bool) -> tuple[float, Curve, torch.nn.Module]:
-    """Prepare the data and train in a copy of the clone; returns its seconds, curve, and the best model it saved."""
+    """Prepare the data and train in a copy of the clone; returns the seconds, the curve and the best saved model."""
     copy = Path(shutil.copytree(clone, work / "nanogpt", ignore=shutil.ignore_patterns(".git", "assets")))
     shutil.copy(text, copy / "data/shakespeare_char/input.txt")
     timed(["data/shakespeare_char/prepare.py"], copy)
@@ -96,7 +96,7 @@ def run_nanogpt(clone: Path, text: Path, work: Path, gpu: bool) -> tuple[float, 
 
 
 def run_ours(work: Path, config: str, name: str, *options: str) -> tuple[float, Curve, torch.nn.Module, float]:
-    """Train with our config; returns its seconds, its curve, its best model and the seconds that a step took."""
+    """Train with our config; returns the seconds, the curve, the best model and the seconds per step."""
     out_dir = work / name
     command = ["train.py", f"config/{config}.py", f"--dataset={work / 'corpus'}", f"--out_dir={out_dir}", *options]
     seconds, curve = timed(command, ROOT)
@@ -113,7 +113,7 @@ def score(model: torch.nn.Module, corpus: Corpus, block_size: int, device: str) 
     model, total, count = model.to(device), 0.0, 0
     for idx, targets in corpus.windows("val", block_size, 128):
         idx, targets = idx.to(device), targets.to(device)
-        logits = model(idx, idx)[0]  # nanoGPT gives all logits only if it gets targets, whichever
+        logits = model(idx, idx)[0]  # nanoGPT returns all logits only if it gets targets, here any
         total += F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
         ).item()
@@ -152,7 +152,7 @@ def main() -> None:
             work, config, "short", f"--max_iters={steps}", f"--eval_interval={steps}"
         )
         row(f"plainGPT, {steps} steps", model, seconds)
-        steps += int(0.97 * (theirs - seconds) / per_step)  # the same start-up and evaluations, more steps
+        steps += int(0.97 * (theirs - seconds) / per_step)  # the time for start-up and evaluations stays the same
         # On a GPU the model overfits in that time: evaluate on the way and keep the best, as nanoGPT does.
         options = [f"--max_iters={steps}", *([] if arguments.gpu else [f"--eval_interval={steps}"])]
         seconds, _, model, _ = run_ours(work, config, "same", *options)

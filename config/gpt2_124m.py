@@ -7,20 +7,20 @@ torchrun --nproc_per_node=8 train.py config/gpt2_124m.py
 out_dir = "out/gpt2_124m"
 dataset = "fineweb_edu"
 
-# GPT-2's size with the modern parts, which are the defaults: RoPE, RMSNorm, QK-norm, SwiGLU, no biases
+# GPT-2's size with the default architecture: RoPE, RMSNorm, QK-norm, SwiGLU, no biases
 n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-vocab_size = 50304  # GPT-2's 50257, rounded up to a multiple of 128: faster matrix products
-tie_embeddings = True  # a head of its own would add 39 million weights
+vocab_size = 50304  # GPT-2's 50257, rounded up to a multiple of 128 for faster matrix products
+tie_embeddings = True  # a separate head would add 39 million weights
 
-# 0.5M tokens per step, as GPT-3 has for this size: 32 x 1024 on each of 8 GPUs, twice
+# 0.5M tokens per step, as in GPT-3 for this size: 2 micro-batches of 32 x 1024 on each of 8 GPUs
 batch_size = 32
 gradient_accumulation_steps = 8 * 2
 max_iters = 19_073  # x 524,288 tokens = 10 billion
 
-learning_rate = 3e-3  # with Muon; AdamW alone would want 6e-4
+learning_rate = 3e-3  # for Muon; AdamW alone would need 6e-4
 lr_schedule = "wsd"
 warmup_iters = 250
 decay_fraction = 0.4
@@ -28,5 +28,5 @@ weight_decay = 0.1
 grad_clip = 1.0
 
 eval_interval = 500
-eval_iters = 160  # x 32 x 1024 = 5 million tokens; 0 would read all of the validation split
+eval_iters = 160  # x 32 x 1024 = 5 million tokens; 0 would use the whole validation split
 log_interval = 10

@@ -1,4 +1,4 @@
-"""Any base model with a context of 512 or more learns to follow Stanford Alpaca's 52,000 instructions, on a GPU.
+"""Fine-tune a base model with a context of 512 or more on Stanford Alpaca's 52,000 instructions, on a GPU.
 
 python data/alpaca/prepare.py
 python finetune.py config/sft_alpaca.py --init_from=out/gpt2_124m
@@ -20,4 +20,4 @@ dropout = 0.1
 
 eval_interval = 50
 sample_interval = 50
-always_save_checkpoint = False  # three passes overfit: keep the best by validation loss
+always_save_checkpoint = False  # three passes overfit: keep the checkpoint with the best validation loss

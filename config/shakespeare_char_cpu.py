@@ -1,6 +1,6 @@
-"""Tiny Shakespeare, character by character, on a CPU: nanoGPT's CPU shape (4 layers, 128 wide, context 64).
+"""Tiny Shakespeare with a token per character, on a CPU: nanoGPT's CPU shape (4 layers, 128 wide, context 64).
 
-About two minutes on 2 cores. In a hurry, ask for fewer steps: --max_iters=175 is past nanoGPT's final loss already.
+About two minutes on 2 cores. For a shorter run, --max_iters=175 is enough to beat nanoGPT's final loss.
 """
 
 out_dir = "out/shakespeare_char_cpu"
@@ -13,14 +13,14 @@ n_embd = 128
 mlp_dim = 336  # 8/3 of n_embd, rounded down to stay below nanoGPT's count
 block_size = 64
 rope_theta = 100.0  # wavelengths up to 600 tokens are enough for a context of 64
-tie_embeddings = False  # 65 characters: a head of its own costs next to nothing
+tie_embeddings = False  # with 65 characters a separate head costs almost nothing
 dropout = 0.0  # two passes over the text leave little to overfit
 
-# The run. The text is small and the steps are few, so learning is fast and memory of old gradients short
+# The text is small and the steps are few: a high learning rate, and low decay rates of the gradients' running means
 batch_size = 16
 max_iters = 2000
 learning_rate = 1e-2
-lr_schedule = "wsd"  # warm up, stay, then fall in a straight line to 0
+lr_schedule = "wsd"  # warm up, stay constant, then decay linearly to 0
 decay_fraction = 0.6
 muon_momentum = 0.9
 beta1 = 0.8

@@ -1,6 +1,6 @@
-"""Prepare Stanford Alpaca: 52,002 instructions with answers, downloaded from its authors (23 MB), or read from --input.
+"""Prepare Stanford Alpaca: 52,002 instructions with answers, downloaded from its authors (23 MB) or read from --input.
 
-The few instructions whose answer is empty are left out. On several GPUs, the number of processes must divide
+Instructions with an empty answer (there are a few) are left out. On several GPUs, the number of processes must divide
 gradient_accumulation_steps, which is 4 in config/sft_alpaca.py:
 
   python data/alpaca/prepare.py
@@ -25,7 +25,7 @@ INSTRUCTIONS = 52_002
 
 
 def check_whole(content: bytes, source: str) -> str:
-    """The text of alpaca_data.json. Raises ValueError if it is not the whole list of instructions."""
+    """Return the text of alpaca_data.json. Raises ValueError if it is not the whole list of instructions."""
     try:
         text = content.decode()
         rows = json.loads(text)
@@ -41,7 +41,7 @@ def check_whole(content: bytes, source: str) -> str:
 
 
 def alpaca_data() -> Path:
-    """The kept copy of alpaca_data.json, which the first call downloads. Raises ValueError if it is not whole."""
+    """Return the path of alpaca_data.json; download it in the first call. Raises ValueError if it is not whole."""
     path = HERE / "alpaca_data.json"
     if path.exists():
         check_whole(path.read_bytes(), str(path))

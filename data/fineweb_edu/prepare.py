@@ -1,7 +1,7 @@
-"""Prepare FineWeb-Edu's 10-billion-token sample: web pages chosen for what they teach.
+"""Prepare FineWeb-Edu's 10-billion-token sample: web pages selected for educational value.
 
 It is streamed from the Hugging Face Hub (HuggingFaceFW/fineweb-edu), which needs pip install datasets, or read from
-files you have: --input *.parquet (pip install pyarrow). With --max_documents a first part is enough to try things out.
+your own files: --input *.parquet (pip install pyarrow). For a trial, --max_documents takes only the first documents.
 """
 
 import sys

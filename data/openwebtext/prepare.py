@@ -1,7 +1,7 @@
 """Prepare OpenWebText, the open reproduction of GPT-2's training text (8 million documents, 9 billion tokens).
 
 It is streamed from the Hugging Face Hub (Skylion007/openwebtext), which needs pip install datasets, or read from
-files you have: --input *.parquet (pip install pyarrow). With --max_documents a first part is enough to try things out.
+your own files: --input *.parquet (pip install pyarrow). For a trial, --max_documents takes only the first documents.
 """
 
 import sys

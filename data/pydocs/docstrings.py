@@ -1,7 +1,7 @@
-"""What Python says about itself: the language reference, and the docstrings of the standard library.
+"""Python's own documentation: the language reference, and the docstrings of the standard library.
 
-The source is read, never imported, so that all modules can be read on every system, and the same Python always gives
-the same.
+Modules are parsed, never imported, so all of them can be read on every system, and the same version of Python always
+gives the same texts.
 """
 
 import ast
@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Not the library itself: its tests, demos, bundled tools, generated tables, and what others installed.
+# Not part of the library itself: tests, demos, bundled tools, generated tables, installed packages.
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data", "site-packages"}
 ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "\xa0": " "})
 PLAIN = re.compile(r"[ -~\n]*")
 
 
 def topics() -> Iterator[tuple[str, str]]:
-    """(title, text) of each section of the language reference: a long page holds several, some of them in two pages."""
+    """Yield (title, text) of each section of the language reference; a page may hold several, and some are repeated."""
     from pydoc_data.topics import topics
 
     for _, page in sorted(topics.items()):
@@ -28,7 +28,7 @@ def topics() -> Iterator[tuple[str, str]]:
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """(name and signature, docstring) of each public object of the standard library, in the order of the source."""
+    """Yield (name and signature, docstring) of each public object of the standard library, in source order."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         names = [*path.relative_to(library).parts[:-1], path.stem]
@@ -43,7 +43,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 
 def members(body: list[ast.stmt], parent: str, of_class: bool = False) -> Iterator[tuple[str, str]]:
-    """The public classes and functions defined in `body`, and theirs."""
+    """Yield (name and signature, docstring) of the public classes and functions in `body`, and of their members."""
     for node in body:
         if isinstance(node, ast.If | ast.Try):  # defined on some systems only
             handlers = [statement for handler in getattr(node, "handlers", []) for statement in handler.body]
@@ -57,7 +57,7 @@ def members(body: list[ast.stmt], parent: str, of_class: bool = False) -> Iterat
 
 
 def signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, of_class: bool) -> str:
-    """As in `class queue.Queue` or `textwrap.fill(text, width=70, **kwargs)`: no self, no annotations."""
+    """Return `class queue.Queue` or `textwrap.fill(text, width=70, **kwargs)`: without self and annotations."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         return f"class {name}({bases})" if bases else f"class {name}"

@@ -1,12 +1,11 @@
-"""Prepare the embedded corpus: English that every Python carries, so that no network is needed.
+"""Prepare the embedded corpus: English text that comes with every Python, so that no network is needed.
 
-It is the language reference (pydoc_data.topics), a document per section, and the docstrings of the standard library's
-public modules, classes and functions, read from the source without importing it, a document per object: a line with
-its name and signature, an empty line, its docstring. The corpus is always the same for the same version of Python.
-Typographic quotes, dashes and the like become ASCII, paragraphs with characters other than printable ASCII are left
-out, and so are very short documents and repeated ones. One document in twenty, by a hash of its text, is validation.
-A byte-pair vocabulary of 1,024 tokens is learned from the training documents; --tokenizer char makes every character a
-token instead.
+It has one document per section of the language reference (pydoc_data.topics), and one per public module, class and
+function of the standard library: a line with name and signature, an empty line, the docstring. The modules are parsed,
+not imported, so the same version of Python always gives the same corpus. Typographic quotes, dashes and the like become
+ASCII. Paragraphs with other characters than printable ASCII, very short documents and duplicates are left out. A hash
+of its text puts one document in twenty into validation. A BPE vocabulary of 1,024 tokens is learned from the training
+documents; with --tokenizer char, every character is a token instead.
 """
 
 import inspect
@@ -24,7 +23,7 @@ MIN_WORDS = 8
 
 
 def pydocs() -> list[str]:
-    """All documents, without repetition."""
+    """Return all documents, without duplicates."""
     documents = {}
     for source in (topics(), docstrings()):
         for title, text in source:

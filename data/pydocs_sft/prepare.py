@@ -1,9 +1,9 @@
-"""Prepare the embedded conversations: questions about Python's standard library, answered in its own words.
+"""Prepare the embedded conversations: questions about Python's standard library, answered from its docstrings.
 
-Each public module, class and function is asked about: what it does, how it is called, which arguments it takes, where
-it is to be found. Every answer is the first paragraph of the docstring, or says what the signature says; nothing is
-made up, and no network is needed. Each object's questions are all for training or all for validation (one object in
-twenty, by a hash of its name): validation asks about what was never asked about.
+For each public module, class and function, questions ask what it does, how to call it, which arguments it takes and
+where to find it. Every answer is the first paragraph of the docstring, or follows from the signature; nothing is made
+up, and no network is needed. A hash of its name puts one object in twenty into validation, with all of its questions,
+so validation asks only about objects that training never mentions.
 """
 
 import re
@@ -21,7 +21,7 @@ from text.conversations import conversation_parser, write_conversations
 from text.documents import split_of
 
 HERE = Path(__file__).resolve().parent
-LONGEST = 200  # characters of an answer: a small model's context has room for question and answer
+LONGEST = 200  # most characters of an answer, so that question and answer fit into a small model's context
 
 WHAT = {
     "module": ("What is the module {} for?", "What does the module {} do?", "Tell me about the module {}."),
@@ -35,7 +35,7 @@ AND_ARGUMENTS = ("Which arguments does it take?", "And its arguments?", "What do
 
 
 def objects() -> Iterator[tuple[str, str, str, str]]:
-    """(kind, name, arguments, first paragraph or "") of each module, class and function."""
+    """Yield (kind, name, arguments, first paragraph or "") of each module, class and function."""
     for title, text in docstrings():
         title = " ".join(title.translate(ASCII).split())
         if not PLAIN.fullmatch(title):
@@ -49,7 +49,7 @@ def objects() -> Iterator[tuple[str, str, str, str]]:
 
 
 def summary(text: str) -> str:
-    """The first paragraph, or as many of its sentences as are short enough; "" if there is none to be had."""
+    """Return the first paragraph, or its first sentences if it is longer than LONGEST; "" if neither is usable."""
     text = " ".join(text.translate(ASCII).strip().split("\n\n")[0].split())
     if not PLAIN.fullmatch(text) or len(text.split()) < 3:
         return ""
@@ -62,7 +62,7 @@ def summary(text: str) -> str:
 
 
 def arguments_answer(arguments: str) -> str:
-    """The arguments of a signature as a sentence."""
+    """Return the arguments of a signature as a sentence."""
     names = [name for name in re.split(r", (?![^(\[{]*[)\]}])", arguments) if name not in ("*", "/", "")]
     if not names:
         return "It takes no arguments."
@@ -70,10 +70,10 @@ def arguments_answer(arguments: str) -> str:
 
 
 def conversations() -> Iterator[tuple[str, list[Message]]]:
-    """(name of the object, messages), several per object, always the same ones."""
+    """Yield (name of the object, messages), several per object, the same in every call."""
     found = list(objects())
     modules = {name for kind, name, _, _ in found if kind == "module"}
-    # Only a name that is given once, and in a module, has one answer to where it is.
+    # "Where is it?" has one answer only if no other object has the same short name.
     places = Counter(name.rpartition(".")[2] for _, name, _, _ in found)
     for kind, name, arguments, about in found:
         pick = zlib.crc32(name.encode())
@@ -94,7 +94,7 @@ def conversations() -> Iterator[tuple[str, list[Message]]]:
 
 
 def talk(*texts: str) -> list[Message]:
-    """Messages in turn, the user's first."""
+    """Make messages of the texts: user and assistant take turns, and the user begins."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 

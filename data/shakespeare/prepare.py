@@ -1,7 +1,7 @@
-"""Prepare tiny Shakespeare with a vocabulary of its own: byte-pair tokens learned from its training split.
+"""Prepare tiny Shakespeare with a BPE vocabulary that is learned from its training split.
 
-The split is that of data/shakespeare_char, the first nine tenths, so that bits per byte compare; each part ends with
-the end-of-text token. The file is downloaded once, 1.1 MB, and shared with data/shakespeare_char.
+Training has the first nine tenths, as in data/shakespeare_char, so bits per byte are comparable. Each split ends with
+the end-of-text token. The file (1.1 MB) is downloaded once, and shared with data/shakespeare_char.
 """
 
 import sys

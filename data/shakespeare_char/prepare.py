@@ -1,7 +1,7 @@
-"""Prepare tiny Shakespeare, character by character: 1.1 million characters, 65 different ones.
+"""Prepare tiny Shakespeare with a token per character: 1.1 million characters, 65 different ones.
 
-The same tokens as nanoGPT's: the first nine tenths are train, the rest val, there is no end-of-text token. The file is
-downloaded once, 1.1 MB, and kept beside this script. For a vocabulary learned from it: data/shakespeare.
+The tokens are those of nanoGPT: the first nine tenths are training, the rest is validation, and there is no end-of-text
+token. The file (1.1 MB) is downloaded once and kept beside this script. data/shakespeare has a BPE vocabulary.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, 1.1 MB: read from a file, or downloaded once and kept."""
+"""Tiny Shakespeare (1.1 MB): read from a file, or downloaded once and kept."""
 
 import argparse
 import hashlib
@@ -17,7 +17,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 def shakespeare_parser(description: str, output: Path) -> argparse.ArgumentParser:
-    """A parser with the options of both commands for tiny Shakespeare."""
+    """Return a parser with the options that both commands for tiny Shakespeare share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "read the text from FILE instead of downloading it"
     parser.add_argument("--input", type=expanduser, metavar="FILE", help=text)
@@ -29,8 +29,8 @@ def shakespeare_parser(description: str, output: Path) -> argparse.ArgumentParse
 def tiny_shakespeare(path: str | None) -> list[Document]:
     """Tiny Shakespeare as nanoGPT splits it: nine tenths of the characters are train, the rest val.
 
-    Read from `path`, else from the kept copy, else downloaded once, 1.1 MB, and kept. A text of your own in `path` is
-    told on stderr. ValueError if the kept copy is another text, such as part of the file.
+    The text comes from `path`, else from the kept copy, else from a download, which is kept. A note on stderr says if
+    `path` holds another text. Raises ValueError if the kept copy does, for instance because it is incomplete.
     """
     source = Path(path or SHAKESPEARE)
     if not path and not source.exists():

@@ -1,15 +1,15 @@
-"""Prepare your own text, from files, from folders with all that is in them, or from standard input (-).
+"""Prepare your own text, from files, from folders (with their subfolders), or from standard input (-).
 
   .txt .md .rst            plain text: one document, or many with --document_separator
   .jsonl .json             a document per line, or per item of a list: strings, or objects with a field "text"
   .parquet                 a document per row, in a column "text" (needs pip install pyarrow)
-  .gz .bz2 .xz .zst        behind the first two kinds, as in book.txt.gz (.zst needs pip install zstandard)
+  .gz .bz2 .xz .zst        after the first two kinds, as in book.txt.gz (.zst needs pip install zstandard)
 
---text_field names another field, --text_suffix further plain text (--text_suffix .py .log). Text is UTF-8, or as its
-byte order mark says. Every document ends with the end-of-text token. Files larger than memory are fine.
+--text_field names another field, --text_suffix further text files (--text_suffix .py .log). Text is UTF-8, unless its
+byte order mark says otherwise. Every document ends with the end-of-text token. Files may be larger than memory.
 
-Validation: a large text file gives its end; small ones, such as a folder of articles, go whole to one side, and so do
-all other documents, by a hash of their text. Examples:
+Validation is the end of a large text file. Small text files, such as a folder of articles, and all other documents go
+whole to one split, by a hash of their text. Examples:
 
   python data/text/prepare.py --input book1.txt book2.txt.gz --output data/books
   python data/text/prepare.py --input articles/ --output data/articles --vocab_size 4096
@@ -29,7 +29,7 @@ from text.prepare import corpus_parser, prepare_files
 
 def main() -> None:
     parser = corpus_parser(__doc__, output=None, tokenizer="char", val_fraction=0.01)
-    text = "files, folders or -, in this order"
+    text = "files, folders or - (standard input), in this order"
     parser.add_argument("--input", nargs="+", required=True, type=expanduser, metavar="FILE", help=text)
     add_reading_options(parser)
     prepare_files(parser.parse_args())
