@@ -1,5 +1,5 @@
-# make demo: install, prepare the embedded corpus, train on it, sample, fine-tune, ask. make test: install, check, test.
-# make install: the virtual environment .venv alone. make clean: removes it, and caches, but no corpus and no run.
+# make demo: install, prepare the embedded corpus, train, sample, fine-tune, ask. make test: install, lint, test.
+# make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	@echo "1. A corpus: Python's own documentation, and a vocabulary of 1,024 tokens learned from it"
 	@$(BIN)/python data/pydocs/prepare.py
-	@echo; echo "2. A language model, trained from nothing (config/pydocs.py)"
+	@echo; echo "2. A language model, trained from scratch (config/pydocs.py)"
 	@$(BIN)/python train.py config/pydocs.py
 	@echo; echo "3. Three texts by the model"; echo
 	@$(BIN)/python sample.py --out_dir=out/pydocs --prompt="The " --num_samples=3 --max_new_tokens=300 --temperature=0.6
