@@ -60,7 +60,7 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
         given = read_arguments(argv, *classes, default=OWN_DATA if own_data else DEMO)
         given = {key: (value, "the defaults of finetune.py") for key, value in DEFAULTS.items()} | given
     if given.get("init_from", ("",))[0] == SCRATCH:
-        raise ValueError("--init_from must be the folder of a trained run: fine-tuning begins with a model that knows")
+        raise ValueError("--init_from must be the folder of a trained run: fine-tuning starts from trained weights")
     start = decide(given, DEFAULTS, "sft")
     config, sft, model_config = start.configs(given, *classes)
     sources = {key: source for key, (_, source) in given.items()}
@@ -70,13 +70,15 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
         sft.num_epochs = OWN_EPOCHS
     if not resuming and "learning_rate" not in given:
         config.learning_rate = (5 if sft.lora_rank else 1) * 3e-3 * (128 / model_config.n_embd) ** 1.5
-        told = f"learning_rate {config.learning_rate:.1e}, for a model {model_config.n_embd} wide"
-        start = replace(start, notes=(*start.notes, f"{told}; choose your own by --learning_rate"))
+        told = f"learning_rate {config.learning_rate:.1e}, for n_embd={model_config.n_embd}"
+        start = replace(start, notes=(*start.notes, f"{told}; --learning_rate sets another one"))
     if sft.lora_rank and config.optimizer == "muon":
         if sources.get("optimizer") == COMMAND_LINE:
-            raise ValueError("Muon is for whole matrices, not for LoRA's thin ones: use --optimizer=adamw")
+            raise ValueError("Muon does not suit LoRA's low-rank matrices: use --optimizer=adamw")
         config.optimizer = "adamw"
-        start = replace(start, notes=(*start.notes, "LoRA trains with AdamW: Muon is for whole matrices"))
+        start = replace(
+            start, notes=(*start.notes, "LoRA trains with AdamW, because Muon does not suit low-rank matrices")
+        )
     return start, config, sft, model_config
 
 

@@ -213,7 +213,7 @@ def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Pr
         place = f"{long[0].question.place}: " if config.prompts else ""
         more = f" (and {len(long) - 1:,} more)" if len(long) > 1 else ""
         size = f"the prompt has {len(long[0].tokens)} tokens, and the model sees {model.block_size} at most"
-        note(f"note: {place}{size}: the beginning is not seen{more}")
+        note(f"note: {place}{size}: it does not see the beginning{more}")
     return prompts
 
 

@@ -62,7 +62,7 @@ class KVCache:
             model(idx, cache=cache.expect(lengths=[3, 5]))
         """
         if (positions is None) != (visible is None) or (lengths is not None and positions is not None):
-            raise ValueError("a cache is told of lengths, or of positions and visible together")
+            raise ValueError("give lengths, or positions and visible together, or nothing")
         self.coming = Expected(lengths, positions, visible)
         return self
 

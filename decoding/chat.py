@@ -73,7 +73,7 @@ class Conversation:
             note(f"note: the model sees {limit} tokens at most: the first {turns} forgotten (/save still has them)")
         if len(prompt.tokens) > limit:
             note(f"note: this message does not fit: the model reads {len(prompt.tokens)} tokens for it, and sees "
-                 f"{limit} at most: the beginning is not seen")  # fmt: skip
+                 f"{limit} at most: it does not see the beginning")  # fmt: skip
         return prompt
 
     def add(self, line: str, answer: str) -> None:

@@ -141,7 +141,9 @@ def check_fields(row: object, place: str) -> dict[str, Any]:
     for i, message in enumerate(messages if isinstance(messages, list) else []):
         unknown = sorted(message.keys() - {"role", "content"}) if isinstance(message, dict) else []
         if unknown:
-            raise ValueError(f"{place}: message {i} has the field {unknown[0]!r}, for which a prompt has no place")
+            raise ValueError(
+                f"{place}: message {i} has the field {unknown[0]!r}; a prompt's messages have role and content only"
+            )
     return row
 
 

@@ -133,8 +133,8 @@ def import_tokenizer_json(path: str | os.PathLike, eot: str | None = None, drop:
         _check_kind(content, path)
         for name in DROPPABLE:
             if name not in drop and (reason := addition(name, content.get(name))):
-                raise ValueError(f"{path}: its {name} {reason}, which has no place here: "
-                                 f"leave it out by --drop {name}")  # fmt: skip
+                raise ValueError(f"{path}: its {name} {reason}, which encoding here does not: "
+                                 f"--drop {name} ignores it")  # fmt: skip
         pattern = hugging_face_pattern(content["pre_tokenizer"], path)
         special, matched = added_tokens(content, eot, path)
         vocab = content["model"]["vocab"].items()

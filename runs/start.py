@@ -181,8 +181,8 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
             notes.append(f"{error}: going on from the one before it")
     if checkpoints:
         raise ValueError(
-            f"every checkpoint in {run.folder} is damaged ({notes[0].split(':')[0]}): begin a new run, with another "
-            f"--init_from; it moves this one aside"
+            f"every checkpoint in {run.folder} is damaged ({notes[0].split(':')[0]}): start a new run, with another "
+            f"--init_from; this one is then moved to another folder"
         )
     return None, notes
 

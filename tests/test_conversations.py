@@ -112,7 +112,7 @@ def test_skip_bad_goes_on_and_ends_with_counts_by_reason(tmp_path, prepare):
     for reason, count in Counter(reason for _, reason, _ in BAD).items():
         of_files = count if reason in ("broken JSON", "text that is not UTF-8") else 2 * count
         assert f"{reason} ({of_files}, first in {tmp_path / 'a.jsonl'}, line " in shown
-    assert "fields left out, for a conversation has no place for them: id (8)" in shown
+    assert "fields left out, because conversations do not use them: id (8)" in shown
     status, _, errors = prepare("chat", "--input", tmp_path / "b.json", "--output", tmp_path / "none", "--skip_bad")
     assert status == 1 and "no conversation is left for train: give more. conversations left out" in errors
 
@@ -308,7 +308,7 @@ def test_folders_of_the_previous_version_and_made_by_hand_open(tmp_path, capsys)
     (tmp_path / "meta.json").unlink()
     (tmp_path / "val.jsonl").write_text(lines({"prompt": "Hi", "completion": "Ho", "id": 3}))
     assert open_conversations(tmp_path) == {"train": OLD["train"], "val": [HELLO]}
-    assert "val.jsonl: fields left out, for a conversation has no place for them: id (1)" in capsys.readouterr().err
+    assert "val.jsonl: fields left out, because conversations do not use them: id (1)" in capsys.readouterr().err
 
 
 class Killed(BaseException):

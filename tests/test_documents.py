@@ -145,7 +145,7 @@ def test_wrong_files_are_refused_before_anything_is_read(tmp_path):
     for name, complaint in [
         ("none.txt", "no such file"),
         ("empty.txt", "is empty"),
-        ("a.pdf", "known are .txt, .md, .*--text_suffix"),
+        ("a.pdf", "known are .parquet, and .txt, .md, .*--text_suffix"),
         ("folder.txt", "no file in this folder can be read"),
     ]:
         with pytest.raises(ValueError, match=f"{name}: .*{complaint}"):
@@ -184,7 +184,7 @@ def test_lines_and_lists_of_objects_and_strings_hold_the_same_documents(tmp_path
         ('["a",]', "item 2: not valid JSON .Expecting value"),
         ('["a"] "b"', "'\"b\"' follows the end"),
         ('["a", {"text": 5}]', 'item 2: "text" must be a string, not int'),
-        ('["a", ["b"]]', "item 2: a string, or an object .* not a list"),
+        ('["a", ["b"]]', "item 2: must be a string or an object .* not a list"),
         ('["a", {"txt": "b"}]', "item 2: .* not the fields txt .--text_field"),
         ('["a", nul, "long enough to be sure"]', "item 2: not valid JSON"),
         ('["a", ' + "[" * 100_000, "item 2: not valid JSON"),

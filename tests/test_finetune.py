@@ -235,7 +235,7 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
         (["--init_from"], "--init_from needs a value, as in"),
         (["--lora_rank=-1"], "lora_rank must be at least 0"),
         (["--lora_rank=2", "--lora_targets=head"], "no layer is called 'head'"),
-        (["--lora_rank=2", "--optimizer=muon"], "Muon is for whole matrices"),
+        (["--lora_rank=2", "--optimizer=muon"], "Muon does not suit LoRA's"),
         (["--lora_rnk=2"], "did you mean lora_rank?"),
     ],
 )

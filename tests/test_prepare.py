@@ -193,7 +193,7 @@ def test_what_a_user_may_not_expect_is_told(here, tmp_path):
     jsonl(path, [f"a{i % 10}{i}" for i in range(400)])
     CharTokenizer("a0123456789", eot=False).save(tmp_path)
     told = here("text", "--input", path, *options, "--tokenizer", tmp_path).err
-    assert "the tokenizer 'char' has no end-of-text token, so the documents follow each other without a mark" in told
+    assert "the tokenizer 'char' has no end-of-text token, so nothing separates the documents" in told
     assert "spells out" not in told and "for validation" not in told
 
 
@@ -339,7 +339,7 @@ class HalfAnAnswer(http.server.BaseHTTPRequestHandler):
 def test_a_download_is_there_whole_or_not_at_all(tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), HalfAnAnswer) as server:
         threading.Thread(target=server.handle_request).start()
-        with pytest.raises(ValueError, match="broke off after 50 of 100 bytes|no download"):
+        with pytest.raises(ValueError, match="broke off after 50 of 100 bytes|download failed"):
             download(f"http://127.0.0.1:{server.server_port}/", tmp_path / "a")
     (tmp_path / "served").write_bytes(b"content")
     with pytest.raises(ValueError, match="sent another file than expected"):
@@ -437,7 +437,7 @@ def test_hub_corpora_stream_what_the_datasets_package_gives(tmp_path):
     result = process("fineweb_edu", *options, "--max_documents", "50", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0 and Corpus(tmp_path / "out").num_tokens("train") > 100
     broken = refused(process("fineweb_edu", *options, PYTHONPATH=str(tmp_path)))
-    assert "did not arrive (ConnectionError: the line broke): try again, or download" in broken
+    assert "failed (ConnectionError: the line broke): try again, or download" in broken
 
 
 def test_preparing_does_not_import_torch():

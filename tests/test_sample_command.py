@@ -56,7 +56,7 @@ def test_text_and_prompt_may_be_longer_than_the_context(sample):
     done = sample("--prompt=" + "the quick brown fox " * 5, "--max_new_tokens=200")
     assert done.returncode == 0, done.stderr
     assert done.stderr == (
-        "note: the prompt has 101 tokens, and the model sees 48 at most: the beginning is not seen\n"
+        "note: the prompt has 101 tokens, and the model sees 48 at most: it does not see the beginning\n"
     )
 
 
@@ -227,7 +227,7 @@ def test_prompts_longer_than_the_context_are_told_once(sample, tmp_path):
     (tmp_path / "p.txt").write_text("the\n" + "the quick brown fox " * 5 + "\n" + "fox " * 20)
     notes = sample(f"--prompts={tmp_path}/p.txt", "--max_new_tokens=2").stderr
     assert notes == (f"note: {tmp_path}/p.txt, line 2: the prompt has 101 tokens, and the model sees 48 at most: "
-                     "the beginning is not seen (and 1 more)\n")  # fmt: skip
+                     "it does not see the beginning (and 1 more)\n")  # fmt: skip
 
 
 def test_the_last_line_break_of_a_file_is_no_part_of_a_question(sample, talker, wild, tmp_path):

@@ -86,7 +86,7 @@ def _check_message(message: object, where: str) -> None:
             raise BadConversation("a wrong type", f'{where} must be an object with "role" and "content", both strings')
     if role not in ROLES:
         raise BadConversation(
-            "an unknown role", f"{where} has the role {role[:40]!r}, which is none of {', '.join(ROLES)}"
+            "an unknown role", f"{where} has the unknown role {role[:40]!r}; the roles are {', '.join(ROLES)}"
         )
     try:
         content.encode()
@@ -112,7 +112,7 @@ def _check_turns(roles: list[Role], reply: bool) -> None:
         else:
             reason = "repeated roles" if i > first else "an opening assistant turn"
         rule = "after an optional system message, user and assistant take turns, and the user begins"
-        raise BadConversation(reason, f"message {i + 1} is the {roles[i]}'s where the {due}'s is due: {rule}")
+        raise BadConversation(reason, f"message {i + 1} has the role {roles[i]} instead of {due}: {rule}")
     if not reply and "assistant" not in roles:
         raise BadConversation("no answer", "there is no assistant message to learn from")
     last = "user" if reply else "assistant"

@@ -231,7 +231,7 @@ def _refuse_type(where: str, expected: str, found: object) -> NoReturn:
 
 
 def _refuse_tools(where: str) -> NoReturn:
-    raise BadConversation("tool calls", f"{where}: calls of tools and their results have no place in a conversation")
+    raise BadConversation("tool calls", f"{where}: tool calls and their results are not supported")
 
 
 def _refuse_content(what: str) -> NoReturn:

@@ -51,7 +51,7 @@ class LeftOut:
             lines.append(f"conversations left out ({self.conversations.total():,}): {'; '.join(counts)}")
         if self.fields:
             counts = [f"{name} ({n:,})" for name, n in self.fields.most_common()]
-            lines.append(f"fields left out, for a conversation has no place for them: {', '.join(counts)}")
+            lines.append(f"fields left out, because conversations do not use them: {', '.join(counts)}")
         return "\n".join(lines)
 
 
@@ -303,7 +303,9 @@ def write_conversations(
     for split in SPLITS:
         print(f"  {split:5} {len(lines[split]):>9,} conversations {sum(lines[split].values()):>13,} bytes of text")
     if shared := len(questions["train"] & questions["val"]):
-        print(f"note: {shared:,} first questions are in both splits: on them, validation does not show what is new")
+        print(
+            f"note: {shared:,} first questions are in both splits: on these, validation does not measure generalization"
+        )
     if summary:
         print(summary)
 

@@ -129,8 +129,8 @@ def find_files(paths: Iterable[str | Path], reading: Reading) -> list[File]:
         else:
             known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES))
             raise ValueError(
-                f"{path}: the ending of its name does not tell how to read it; known are {known}, each also with "
-                f"{', '.join(PACKED_SUFFIXES)} behind it, and .parquet; --text_suffix reads others as plain text"
+                f"{path}: unknown suffix; known are .parquet, and {known}, alone or followed by "
+                f"{', '.join(PACKED_SUFFIXES)}; --text_suffix reads other files as plain text"
             )
     for file in files:
         package = {".zst": "zstandard", ".parquet": "pyarrow"}.get(file.path.suffix.lower())
@@ -251,7 +251,7 @@ def _text_of(row: object, field: str, place: str) -> str:
     if isinstance(row, dict) and field in row:
         return _checked(row[field], f'"{field}"', place)
     found = _fields(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-    raise ValueError(f'{place}: a string, or an object with the field "{field}", is needed, not {found}')
+    raise ValueError(f'{place}: must be a string or an object with the field "{field}", not {found}')
 
 
 def _fields(row: Iterable[str]) -> str:
@@ -431,4 +431,4 @@ def _hub_rows(name: str, subset: str | None) -> Iterator[dict]:
     try:
         yield from datasets.load_dataset(name, subset, split="train", streaming=True)
     except Exception as error:  # a failed download raises many classes, which depend on the HTTP library of the client
-        raise ValueError(f"{name} did not arrive ({type(error).__name__}: {error}): try again, {advice}") from error
+        raise ValueError(f"downloading {name} failed ({type(error).__name__}: {error}): try again, {advice}") from error

@@ -141,13 +141,13 @@ def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float) -> Iterator[str
     share = meta["splits"]["val"]["bytes"] / sum(split["bytes"] for split in splits)
     if not 2 / 3 < share / val_fraction < 3 / 2:
         yield (
-            f"{share:.2%} of the text is for validation, not {val_fraction:.2%}: documents go whole to one split, and "
-            "these are few or of very different sizes"
+            f"{share:.2%} of the text is for validation, not {val_fraction:.2%}: a document is never divided, and "
+            "these documents are few or of very different sizes"
         )
     if tokenizer.eot_id is None and any(split["documents"] > 1 for split in splits):
         yield (
-            f"the tokenizer {tokenizer.name!r} has no end-of-text token, so the documents follow each other without a "
-            "mark, and a model cannot learn where a text ends"
+            f"the tokenizer {tokenizer.name!r} has no end-of-text token, so nothing separates the "
+            "documents, and a model cannot learn where a text ends"
         )
     for name, count in meta["special_tokens_in_text"].items():
         yield (
@@ -173,7 +173,9 @@ def download(url: str, path: str | Path | None = None, sha256: str | None = None
                     content += block
                     bar.update(len(block))
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"no download ({error}): get the file from {url} and pass it with --input FILE") from None
+        raise ValueError(
+            f"the download failed ({error}): get the file from {url} and pass it with --input FILE"
+        ) from None
     if size is not None and len(content) != size:
         raise ValueError(f"the download of {url} broke off after {len(content)} of {size} bytes: try again")
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
