@@ -2,7 +2,7 @@
 
 Notable:
 - one modern default (RoPE, RMSNorm, QK-norm, SwiGLU, no biases: the Qwen3 shape), the classic parts one option away;
-- attention twice behind one function: the textbook softmax written out, and PyTorch's fused kernel; they agree;
+- attention twice behind one function: the textbook softmax written out, and fused kernels; they agree;
 - one function makes the mask for causal, padded, packed and bidirectional rows;
 - nothing here knows about files, devices, processes, tokenizers or compilers; a KV cache is handed in from outside.
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+
+import fused
 
 IGNORE = -100  # a target with this value is not counted in the loss
 
@@ -51,27 +53,24 @@ class GPTConfig:
             value, allowed = getattr(self, field.name), get_args(field.type)  # of a Literal, else ()
             if allowed and value not in allowed:
                 raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
-        least = dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), 1)
-        least |= dict.fromkeys(("vocab_size", "n_kv_head", "head_dim", "mlp_dim", "max_z_loss"), 0)
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        for name in ("dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for names, is_allowed, allowed in (
+            ("block_size n_layer n_head n_embd", lambda n: n >= 1, "at least 1"),
+            ("vocab_size n_kv_head head_dim mlp_dim max_z_loss", lambda n: n >= 0, "at least 0"),
+            ("dropout label_smoothing", lambda p: 0 <= p < 1, "at least 0 and below 1"),
+            ("rope_theta norm_eps", lambda x: x > 0, "positive"),
+        ):
+            for name in names.split():
+                if not is_allowed(getattr(self, name)):
+                    raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), or head_dim be set")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE turns pairs of channels, so head_dim must be even, not {self.head_dim}")
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"sinusoidal positions come in sine-cosine pairs: n_embd must be even, not {self.n_embd}")
+        for position, name in (("rope", "head_dim"), ("sinusoidal", "n_embd")):
+            if self.position == position and getattr(self, name) % 2:
+                raise ValueError(f"{position} turns pairs of channels: {name} must be even, not {getattr(self, name)}")
         # 8/3 n_embd to the nearest multiple of 64: swiglu's three matrices then have as many weights as gelu's two
         swiglu_dim = max(1, round(self.n_embd * 8 / 3 / 64)) * 64
         self.mlp_dim = self.mlp_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
@@ -116,6 +115,12 @@ def alibi_slopes(n_head: int) -> Tensor:
     return torch.tensor(slopes[:n_head])
 
 
+def alibi_bias(slopes: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """What ALiBi adds to the scores, -slope·|i-j|: (B or 1, H, T, S), for positions i (B, T) or (T,), j like i."""
+    distance = (i.view(-1, 1, i.size(-1), 1) - j.view(-1, 1, 1, j.size(-1))).abs()
+    return -slopes.view(-1, 1, 1) * distance
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
@@ -123,16 +128,20 @@ def alibi_slopes(n_head: int) -> Tensor:
 class Mask(NamedTuple):
     """Which keys each query may attend to: the M of softmax(QKᵀ/√D + M)·V. `Mask()` hides nothing.
 
-    bias: broadcastable to (B, H, T, S): numbers to add to the scores, or booleans, True for a visible key.
-    causal: each query sees the keys up to its own place, and T = S; the kernels need no bias for that.
-    may_have_empty_rows: whether a query may have nothing to attend to; its softmax would be 0/0.
-    empty_rows: (B or 1, H or 1, T, 1), which queries have nothing to attend to; computed by `prepare_mask`.
+    For T = S: causal, each query sees the keys up to its own place; documents (B, T), the number of each token's
+    document, outside which it sees nothing; slopes (H,), by which scores fall per token of distance (ALiBi).
+    bias: broadcastable to (B, H, T, S), any other M: numbers to add to the scores, or booleans, True for a visible key.
+    may_have_empty_rows: whether a query may have nothing to attend to; `prepare_mask` computes empty_rows, which ones,
+    (B or 1, H or 1, T, 1), and kernel, a fast form of attention.
     """
 
     bias: Tensor | None = None
     causal: bool = False
+    documents: Tensor | None = None
+    slopes: Tensor | None = None
     may_have_empty_rows: bool = False
     empty_rows: Tensor | None = None
+    kernel: fused.ByDocument | fused.Flex | None = None
 
 
 def attention_mask(
@@ -145,43 +154,51 @@ def attention_mask(
     the keys stand at 0…S-1 and the queries at the last T of these.
     padding: (B, S), True where a key is a real token. documents: (B, T), the numbers of documents that are packed into
     a row (T = S); a token sees only its own document.
-    Only padding (on the left, or a whole row of it) can leave a query with nothing to attend to; otherwise every query
-    sees at least itself.
+    Only padding (on the left, or a whole row of it) can leave a query with nothing to attend to.
     """
-    if padding is None and documents is None:
-        if not causal or (positions is None and T == 1):
-            return Mask()
-        if positions is None and T == S:
-            return Mask(causal=True)
+    if padding is None and (not causal or (positions is None and T == 1)):
+        return Mask(documents=documents)
+    if padding is None and positions is None and T == S:
+        return Mask(causal=True, documents=documents)
+    visible = None
     if causal:
         i = torch.arange(S - T, S, device=device) if positions is None else positions
         j = torch.arange(S, device=i.device) if key_positions is None else key_positions
         visible = j.view(-1, 1, S) <= i.view(-1, T, 1)
-    else:
-        visible = torch.ones(1, T, S, dtype=torch.bool, device=device)
     if padding is not None:
-        visible = visible & padding[:, None, :]
+        visible = padding[:, None, :] if visible is None else visible & padding[:, None, :]
     if documents is not None:
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     return Mask(visible.unsqueeze(1), may_have_empty_rows=padding is not None)
 
 
-def prepare_mask(mask: Mask, dtype: torch.dtype) -> Mask:
-    """Turn the mask into what the kernels take, once for all layers: numbers in dtype, with no empty row.
+def prepare_mask(mask: Mask, q: Tensor, T: int, dropout: float = 0.0, kind: str = "flash") -> Mask:
+    """Choose how to compute the mask's M, once for all layers: a kernel of fused.py, or numbers without empty rows.
 
-    The softmax of a query with nothing to attend to is 0/0. Such a query sees everything here, and `attention` sets its
-    result to 0.
+    q: any tensor of the queries' device and precision. Packed rows and ALiBi need no (T, T) numbers where
+    `fused.Flex` (CUDA, compiled, no dropout) or `fused.ByDocument` (CPU, not compiled, no ALiBi) computes them.
+    A query with nothing to attend to, whose softmax is 0/0, sees everything here; `attention` sets its result to 0.
     """
-    bias = mask.bias
+    bias, causal, documents, slopes, *_ = mask
+    if documents is not None or slopes is not None:
+        compiled = torch.compiler.is_compiling()
+        if kind == "flash" and q.device.type == "cuda" and compiled and not dropout:
+            return Mask(kernel=fused.Flex(T, causal, documents, slopes, q.device))
+        if kind == "flash" and q.device.type == "cpu" and not compiled and slopes is None:
+            return Mask(kernel=fused.ByDocument(documents, causal))
+        i = torch.arange(T, device=q.device)
+        bias = torch.zeros(1, 1, T, T, device=q.device) if slopes is None else alibi_bias(slopes, i, i)
+        if documents is not None:
+            bias = bias.masked_fill(documents[:, None, :, None] != documents[:, None, None], -torch.inf)
+        if causal:
+            bias = bias.masked_fill(i > i[:, None], -torch.inf)
     if bias is None or mask.empty_rows is not None:
         return mask
-    if bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -torch.inf)
-    bias = bias.to(dtype)
+    bias = (torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias).to(q.dtype)
     if not mask.may_have_empty_rows:
-        return mask._replace(bias=bias)
+        return Mask(bias)
     empty_rows = (bias == -torch.inf).all(-1, keepdim=True)
-    return mask._replace(bias=bias.masked_fill(empty_rows, 0), empty_rows=empty_rows)
+    return Mask(bias.masked_fill(empty_rows, 0), may_have_empty_rows=True, empty_rows=empty_rows)
 
 
 def attention(
@@ -193,27 +210,29 @@ def attention(
     A query with nothing to attend to gets zeros. kind: "math" writes the formula out and keeps the (T, S) scores;
     "flash" is PyTorch's fused kernel, which never holds them. Returns (B, H, T, D).
     """
-    M, causal, _, empty_rows = prepare_mask(mask or Mask(), q.dtype)
     B, H, T, D = q.shape
-    G = H // k.size(1)  # grouped-query attention [Ainslie et al. 2023]
+    mask = prepare_mask(mask or Mask(), q, T, dropout=dropout, kind=kind)
+    M, G = mask.bias, H // k.size(1)  # grouped-query attention [Ainslie et al. 2023]
     if G > 1 and T == k.size(2):
         k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
     elif G > 1:  # decoding: the G queries of a group become G·T queries of one head, so that no key is copied
         q = q.reshape(B, H // G, G * T, D)
         M = M if M is None else M.expand(B, H, T, k.size(2)).reshape(B, H // G, G * T, k.size(2))
-    if kind == "flash":
+    if mask.kernel is not None:
+        y = mask.kernel(q, k, v, dropout)
+    elif kind == "flash":
         M = M if M is None else M.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=causal, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=mask.causal, dropout_p=dropout)
     else:
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
-        if causal:
+        if mask.causal:
             visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores = scores.masked_fill(~visible, -torch.inf)
         elif M is not None:
             scores = scores + M
         y = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
     y = y.reshape(B, H, T, D)
-    return y if empty_rows is None else y.masked_fill(empty_rows, 0)
+    return y if mask.empty_rows is None else y.masked_fill(mask.empty_rows, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +249,12 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if config.bias and config.norm == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        y = x.type_as(self.weight)  # under autocast, x is in bfloat16 and the mean is taken in float32
         if self.kind == "layernorm":
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+            y = F.layer_norm(y, self.weight.shape, self.weight, self.bias, self.eps)
+        else:
+            y = F.rms_norm(y, self.weight.shape, self.weight, self.eps)
+        return y.type_as(x)
 
 
 class Attention(nn.Module):
@@ -257,7 +279,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attention(q, k, v, mask, dropout=config.dropout if self.training else 0.0, kind=config.attention)
+        y = attention(q, k, v, mask, dropout=config.dropout * self.training, kind=config.attention)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
 
@@ -322,8 +344,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.tok_emb.weight
         self.dropout = nn.Dropout(config.dropout)
-        # Tables are recomputed from the config, never saved.
-        if config.position == "learned":
+        if config.position == "learned":  # the tables of the others are recomputed from the config, never saved
             self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
         elif config.position == "sinusoidal":
             self.register_buffer("sinusoids", sinusoidal_table(config.block_size, config.n_embd), persistent=False)
@@ -359,10 +380,9 @@ class GPT(nn.Module):
         padding: Tensor | None = None, documents: Tensor | None = None, cache=None, last_only: bool = False,
         target_count: Tensor | int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Logits (B, T, V) for idx (B, T), and the mean loss over targets (B, T) that are not IGNORE.
+        """(logits (B, T, V), None) for idx (B, T), or with targets (B, T): (None, mean loss over those not IGNORE).
 
-        A training step (targets given, training mode) returns (None, loss): nobody uses its logits, and returning them
-        would cost the backward pass a gradient of their size, all zeros.
+        The loss is computed a few rows at a time, so that the logits of a whole batch are never in memory.
         positions: (B, T) or (T,), if they are not 0, 1, 2… from each row's start (packing). padding, documents: see
         `attention_mask`. last_only: logits of each row's last real token only, (B, 1, V). target_count: divide the
         summed loss by this instead of by the number of counted targets; the losses of a step's micro-batches then add
@@ -383,18 +403,15 @@ class GPT(nn.Module):
         else:
             positions, key_positions, mask = cache.place(T)
         x, rope, mask = self.embed(idx, positions, mask, key_positions)
-        mask = prepare_mask(mask, x.dtype)
+        mask = prepare_mask(mask, x, T, dropout=config.dropout * self.training, kind=config.attention)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         if last_only:
             x = x[:, -1:] if cache is None else x[torch.arange(B), cache.last(T)].unsqueeze(1)
         if cache is not None:
             cache.advance(T)
-        logits = self.head(self.norm(x))
-        if targets is None:
-            return logits, None
-        loss = self.loss(logits, targets, target_count)
-        return None if self.training else logits, loss
+        x = self.norm(x)
+        return (self.head(x), None) if targets is None else (None, self.loss(x, targets, target_count))
 
     def embed(self, idx: Tensor, positions: Tensor | None, mask: Mask, key_positions: Tensor | None):
         """Embed tokens and their positions: returns x (B, T, C), RoPE's (cos, sin) or None, and the mask with ALiBi."""
@@ -403,48 +420,31 @@ class GPT(nn.Module):
         x, rope = self.tok_emb(idx), None
         if kind == "learned":
             x = x + self.pos_emb.weight[at]
-        elif kind == "sinusoidal":  # √C keeps the embedding from drowning in sines [Vaswani et al. 2017, section 3.4]
+        elif kind == "sinusoidal":  # [Vaswani et al. 2017, section 3.4]
             x = x * math.sqrt(self.config.n_embd) + self.sinusoids[at].type_as(x)
         elif kind == "rope":
             rope = tuple(table[at] if positions is None or positions.dim() == 1 else table[at].unsqueeze(1)
                          for table in (self.cos, self.sin))  # fmt: skip
-        elif kind == "alibi":  # the bias falls by the head's slope per token of distance
+        elif kind == "alibi" and mask.bias is None and (mask.causal or key_positions is None):
+            mask = mask._replace(slopes=self.slopes)
+        elif kind == "alibi":
             j = torch.arange(T, device=idx.device) if key_positions is None else key_positions
-            i = j if key_positions is None else positions
-            distance = (i.view(-1, 1, T, 1) - j.view(-1, 1, 1, j.size(-1))).abs()
-            bias = -self.slopes.view(-1, 1, 1) * distance  # (B or 1, H, T, S)
-            visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril() if mask.causal else mask.bias
-            bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
+            bias = alibi_bias(self.slopes, j if key_positions is None else positions, j)
+            bias = bias if mask.bias is None else bias.masked_fill(~mask.bias, -torch.inf)
             mask = Mask(bias, may_have_empty_rows=mask.may_have_empty_rows)
+        if fused.compute_dtype(x) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream: half the memory to move
         return self.dropout(x), rope, mask
 
-    def loss(self, logits: Tensor, targets: Tensor, target_count: Tensor | int | None = None) -> Tensor:
-        """Cross-entropy, averaged over the targets that are not IGNORE (0 if there are none).
+    def loss(self, x: Tensor, targets: Tensor, target_count: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy of the logits of x (B, T, C), averaged over the targets that are not IGNORE (0 if none is).
 
-        In training only: label smoothing [Szegedy et al. 2016, section 7], and the max-z loss c·z², z the largest
-        logit of a token, which keeps logits from drifting upwards [Baichuan 2, arXiv 2309.10305, section 2.5].
+        In training only: label smoothing, and the max-z loss, which keeps logits from drifting upwards.
         """
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()  # in bf16 the sum over V would be coarse
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
-        if self.config.max_z_loss and self.training:
-            z = logits.amax(-1)
-            loss = loss + self.config.max_z_loss * (z.square() * (targets != IGNORE)).sum()
-        if target_count is None:
-            target_count = (targets != IGNORE).sum().clamp(min=1)
-        return loss / target_count
+        extra = (self.config.label_smoothing, self.config.max_z_loss) if self.training else (0.0, 0.0)
+        loss = fused.linear_cross_entropy(x.flatten(0, 1), self.head.rows(), targets.flatten(), IGNORE, *extra)
+        return loss / ((targets != IGNORE).sum().clamp(min=1) if target_count is None else target_count)
 
     def num_params(self) -> int:
         """Number of weights; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, T: int | None = None) -> int:
-        """Floating-point operations to train on one token of a sequence of T (default block_size), for MFU.
-
-        6 per weight that multiplies (2 forward, 4 backward), and 12·H·D·T per layer for QKᵀ and the sum over V, which
-        by convention counts the masked half too [PaLM, appendix B].
-        """
-        config = self.config
-        weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and not n.endswith("_emb.weight"))
-        weights += config.vocab_size * config.n_embd if config.tie_embeddings else 0  # tied: used as the head
-        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * (T or config.block_size)

@@ -36,7 +36,16 @@ from runs.start import RunFolder, Start, decide
 from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
 from training.config import TrainConfig
-from training.device import Peak, Process, autocast, float64_device, seed_random, start_process, stop_process
+from training.device import (
+    Peak,
+    Process,
+    autocast,
+    float64_device,
+    flops_per_token,
+    seed_random,
+    start_process,
+    stop_process,
+)
 from training.interrupt import interruptible
 from training.memory import check_memory
 from training.optim import learning_rate_at
@@ -186,7 +195,7 @@ class Trainer:
                 self.log.training(
                     step=last, train_loss=loss, lr=learning_rate_at(last - 1, config), grad_norm=norm,
                     tokens=last * tokens_per_step, seconds=now - self.begin, tokens_per_second=speed,
-                    mfu=self.peak.mfu(speed * self.model.flops_per_token()),
+                    mfu=self.peak.mfu(speed * flops_per_token(self.model)),
                 )  # fmt: skip
             self.pending.clear()
         self.clock = time.perf_counter()

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom: room → rooms. `text.base` are the files of text/ below bpe.py, which know nothing of tokenizers.
 ROOMS = {
     "common": {"common"},
-    "model": set(),
+    "fused": set(),
+    "model": {"fused"},
     "text.base": {"common", "text.base"},
     "bpe": {"common", "text.base"},
     "text": {"common", "text.base", "bpe", "text"},
@@ -90,11 +91,11 @@ def test_there_is_no_circle_of_files():
         pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
 
 
-def test_model_py_imports_torch_only():
+def test_model_py_imports_torch_and_its_fused_forms_only():
     tree = ast.parse((ROOT / "model.py").read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} <= {"torch", "math", "copy", "dataclasses", "typing", "collections"}
+    assert {name.split(".")[0] for name in names} <= {"torch", "fused", "math", "dataclasses", "typing"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from model import GPT
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense peak of the tensor cores in FLOP/s, from the vendor's data sheets: (bfloat16 and float16, TF32)
@@ -196,6 +198,18 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak[dtype == "float32"] for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(model: GPT, T: int | None = None) -> int:
+    """Floating-point operations to train on one token of a sequence of T (default block_size), for MFU.
+
+    6 per weight that multiplies (2 forward, 4 backward), and 12·H·D·T per layer for QKᵀ and the sum over V, which by
+    convention counts the masked half too [PaLM, appendix B].
+    """
+    config = model.config
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("_emb.weight"))
+    weights += config.vocab_size * config.n_embd if config.tie_embeddings else 0  # tied: used as the head
+    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * (T or config.block_size)
 
 
 class Peak:

@@ -85,12 +85,17 @@ class HeadWithNewRows(Head):
         self.ids: Tensor
         self.register_buffer("ids", ids, persistent=False)
 
+    def rows(self) -> Tensor:
+        rows = self.weight.index_add(0, self.ids, self.lora_rows)
+        return F.normalize(rows, dim=-1) if self.norm_rows else rows
+
     def forward(self, x: Tensor) -> Tensor:
+        """Logits, without a copy of the whole weight for one more token."""
         before = self.weight[self.ids]
         after = before + self.lora_rows
         if self.norm_rows:
             before, after = F.normalize(before, dim=-1), F.normalize(after, dim=-1)
-        logits = super().forward(x)  # in autocast's precision, which need not be x's
+        logits = F.linear(x, super().rows())  # in autocast's precision, which need not be x's
         return logits.index_add_(-1, self.ids, F.linear(x, after - before).type_as(logits))
 
 

@@ -1,0 +1,157 @@
+"""Fast forms of what model.py writes out: the same numbers without the large tensors. tests/test_fused.py proves it.
+
+Notable:
+- `linear_cross_entropy` computes output head and loss a few rows at a time: the logits (B·T, V) never exist;
+- `ByDocument` (on a CPU) and `Flex` (compiled, on CUDA) attend within the documents of packed rows, and `Flex` with
+  ALiBi, without a mask of (T, T) numbers: their memory is linear in T.
+
+Shapes: B batch, T time, C = n_embd, H heads, D = head_dim, V vocabulary; N = B·T rows.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # numbers; more on a GPU, which wants larger matrix products
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision of matrix products with x: autocast's if it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output head and loss
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0, max_z: float = 0.0
+) -> Tensor:
+    """Sum of the cross-entropies of the logits z = x·Wᵀ, over the rows whose target is not ignore_index.
+
+    x: (N, C); weight: (V, C); targets: (N,). The loss of a row with target y is, in float32,
+
+        log Σ exp z  -  (1-ε)·z_y  -  ε·mean(z)  +  c·(max z)²
+
+    with ε = label_smoothing [Szegedy et al. 2016, section 7] and c = max_z [Baichuan 2, arXiv 2309.10305, section 2.5].
+    The matrix products are in x's precision, or autocast's.
+    """
+    return LinearCrossEntropy.apply(x, weight, targets, compute_dtype(x), ignore_index, label_smoothing, max_z)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients together with the loss, while a chunk's logits are there: nothing is computed twice.
+
+    The gradient with respect to a row's logits is softmax(z) - (1-ε)·onehot(y) - ε/V + 2c·(max z)·onehot(argmax z).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, ignore_index, smoothing, max_z):
+        V, W = len(weight), weight.to(dtype)
+        rows = max(256, LOGITS_AT_ONCE.get(x.device.type, 2**24) // V)
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dW = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(dtype, torch.float32))
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            xs, y = x[part].to(dtype), targets[part, None]
+            z = (xs @ W.T).to(loss.dtype)
+            counted = y != ignore_index
+            y = y.where(counted, 0)
+            lse = z.logsumexp(-1, keepdim=True)
+            losses = lse - (1 - smoothing) * z.gather(1, y)
+            if smoothing:
+                losses = losses - smoothing * z.mean(-1, keepdim=True)
+            if max_z:
+                top = z.amax(-1, keepdim=True)
+                losses = losses + max_z * top.square()
+            loss = loss + losses.where(counted, 0).sum()
+            if dx is None and dW is None:
+                continue
+            dz = (z - lse).exp() - smoothing / V
+            dz = dz.scatter_add(1, y, torch.full_like(lse, smoothing - 1))
+            if max_z:
+                largest = z == top  # equal ones share the gradient
+                dz = dz + 2 * max_z * top * largest / largest.sum(-1, keepdim=True)
+            dz = dz.where(counted, 0).to(dtype)
+            if dx is not None:
+                dx[part] = dz @ W
+            if dW is not None:
+                dW += dz.T @ xs
+        ctx.save_for_backward(dx, dW)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *(None if d is None else d * gradient.to(d.dtype) for d in ctx.saved_tensors), *[None] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention without a (T, T) mask
+
+
+class ByDocument:
+    """Attention of packed rows on a CPU: documents of similar lengths are cut out and attend side by side.
+
+    documents: (B, T), the numbers of the documents that are packed into each row. Shorter documents of a group are
+    padded on the right, where a causal mask hides the padding.
+    """
+
+    def __init__(self, documents: Tensor, causal: bool):
+        self.causal = causal
+        B, _ = documents.shape
+        names = documents - documents.min()
+        names = (names + torch.arange(B)[:, None] * (names.max() + 1)).flatten()  # a document's number in the batch
+        order = names.argsort(stable=True)  # token numbers in the flattened batch, document after document
+        lengths = names[order].unique_consecutive(return_counts=True)[1]
+        tokens = order.split(lengths.tolist())
+        self.groups: list[tuple[Tensor, Tensor]] = []  # (n, L) token numbers, and which of them are no padding
+        by_length = sorted(tokens, key=len)
+        while by_length:
+            shortest = len(by_length[0])
+            group = [t for t in by_length if len(t) <= shortest + shortest // 4 + 8]
+            by_length = by_length[len(group) :]
+            L = len(group[-1])
+            index = torch.stack([F.pad(t, (0, L - len(t)), value=int(t[0])) for t in group])
+            real = torch.arange(L) < torch.tensor([len(t) for t in group])[:, None]
+            self.groups.append((index, real))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """q, k, v: (B, H, T, D) → (B, H, T, D)."""
+        B, H, T, D = q.shape
+        q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
+        parts, places = [], []
+        for index, real in self.groups:
+            n, L = index.shape
+            cut = (x[index.flatten()].view(n, L, H, D).transpose(1, 2) for x in (q, k, v))
+            mask = None if self.causal or real.all() else real[:, None, None]
+            y = F.scaled_dot_product_attention(*cut, attn_mask=mask, is_causal=self.causal, dropout_p=dropout)
+            parts.append(y.transpose(1, 2)[real])
+            places.append(index[real])
+        back = torch.cat(places).argsort()
+        return torch.cat(parts)[back].view(B, T, H, D).transpose(1, 2)
+
+
+class Flex:
+    """Attention of packed rows and ALiBi on CUDA, as one fused kernel that the compiler makes [Dong et al. 2024].
+
+    documents: (B, T) or None. slopes: ALiBi's, (H,) or None. It must be called within a compiled network, and knows no
+    dropout.
+    """
+
+    def __init__(self, T: int, causal: bool, documents: Tensor | None, slopes: Tensor | None, device: torch.device):
+        def visible(b, h, i, j):
+            seen = i >= j if causal else i == i
+            return seen if documents is None else seen & (documents[b, i] == documents[b, j])
+
+        def score(score, b, h, i, j):
+            return score - slopes[h] * (i - j).abs()
+
+        self.score = None if slopes is None else score
+        self.mask = create_block_mask(visible, None if documents is None else len(documents), None, T, T, device=device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        """q, k, v: (B, H, T, D) → (B, H, T, D)."""
+        return flex_attention(q, k, v, score_mod=self.score, block_mask=self.mask)
