@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.layers import replace_layers
 from decoding.cache import KVCache
 from decoding.kernels import read_tokens
 from model import GPT, Head
@@ -84,11 +85,13 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
     if not on_cpu(model) or rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
         return model
     kind = Int8Linear if quantize == "int8" else SplitLinear if rows == 1 else PackedLinear
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                weight = child.rows() if isinstance(child, Head) else child.weight
-                setattr(module, name, kind(weight, child.bias))
+
+    def faster(_: str, layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, nn.Linear):
+            return None
+        return kind(layer.rows() if isinstance(layer, Head) else layer.weight, layer.bias)
+
+    replace_layers(model, faster)
     return model
 
 

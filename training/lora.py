@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.layers import replace_layers
 from model import GPT, Head
 
 TARGETS = ("qkv", "out", "up", "down")  # the linear layers inside the blocks
@@ -101,11 +102,12 @@ class HeadWithNewRows(Head):
 
 def add_lora(model: GPT, lora: LoraConfig) -> None:
     """Freeze the model and add the corrections. Tied embeddings stay tied: they share the corrections of new rows."""
+
+    def corrected(name: str, layer: nn.Module) -> nn.Module | None:
+        return LoRALinear(layer, lora) if name in lora.targets and isinstance(layer, nn.Linear) else None
+
     model.requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name in lora.targets and isinstance(child, nn.Linear):
-                setattr(module, name, LoRALinear(child, lora))
+    replace_layers(model, corrected)
     if lora.new_rows:
         ids = torch.tensor(lora.new_rows, device=model.head.weight.device)
         rows = [nn.Parameter(torch.zeros_like(layer.weight[ids])) for layer in (model.tok_emb, model.head)]
@@ -118,10 +120,7 @@ def add_lora(model: GPT, lora: LoraConfig) -> None:
 @torch.no_grad()
 def merge_lora(model: GPT) -> None:
     """Make every corrected layer the plain layer with the same output, and let all weights train again."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(module, name, child.merge())
+    replace_layers(model, lambda _, layer: layer.merge() if isinstance(layer, LoRALinear) else None)
     if isinstance(model.head, HeadWithNewRows):
         tok_emb, head, tied = model.tok_emb, model.head, model.config.tie_embeddings
         assert isinstance(tok_emb, EmbeddingWithNewRows)
