@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test lint format clean
+.PHONY: demo install test gpu lint format clean
 
 demo: .venv/installed
 	@echo "1. A corpus: Python's own documentation, and a vocabulary of 1,024 tokens learned from it"
@@ -23,6 +23,11 @@ install: .venv/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=loadfile
+
+# What needs a GPU: its tests and its figures, into RESULTS.md. With the Python of .venv if there is one, else with PYTHON.
+gpu:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py $(if $(NANOGPT),--nanogpt="$(NANOGPT)") \
+		$(if $(INPUT),--input="$(INPUT)") $(if $(MINUTES),--minutes=$(MINUTES)) $(if $(PARTS),--parts=$(PARTS))
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
-"""Peak memory of flash and math attention, forward and backward, as the context grows; checks that both agree.
+"""Peak memory of attention, forward and backward, as the context grows: flash beside math, and that they agree.
 
-    python bench/attention_memory.py [--device=cuda] [--lengths=1024,2048,4096]
+    python bench/attention_memory.py [--device=cuda] [--lengths=1024,2048,4096] [--batches=causal,packed,alibi]
 
-Math attention stores the (T, T) scores, flash attention does not. Each case has a process of its own: on the CPU its
-memory is the growth of the process's peak (ru_maxrss), on CUDA the peak of PyTorch's allocations. Results are compared
-through a file, so that the two kinds are never in memory together.
+The model is one layer with little but attention in it, and chooses its kernels itself. Math keeps the (T, T) scores,
+flash is to grow as T. Batches: causal rows; packed rows, of documents of T/2, T/4, T/8, … tokens; ALiBi. On the CPU, in
+float32, memory is the growth of a process's peak (ru_maxrss), a process for each kind. On CUDA, in bfloat16 as training
+is, it is what PyTorch allocated, and each case runs twice, so that neither figure counts the compilation of a kernel.
 """
 
 import argparse
@@ -17,85 +18,133 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-B, H, D = 1, 2, 64  # few heads, so that math at T = 16k fits into 20 GB
+H, D, V = 2, 64, 64  # few heads, so that math at T = 16k fits into 20 GB; a small vocabulary
+BATCHES, KERNELS = ("causal", "packed", "alibi"), ("flash", "math")
 DEFAULT_LENGTHS = "1024,2048,4096,8192,16384"
 
 
-def measure(kind: str, T: int, device: str, results: Path) -> None:
-    """Print the MiB and seconds that attention takes, and the largest difference from `results`; in its own process.
+def forward_and_backward(T: int, batch: str, kernel: str, device: str) -> dict:
+    """One row of T tokens through a model of one layer: the loss, and the gradient of each weight by its name."""
+    import torch  # here and not above: a process starts with the peak of the one that started it
 
-    The first kind writes the file `results`; the second one compares with it.
+    from model import GPT, GPTConfig
+    from training.device import autocast, pick_device, pick_dtype
+
+    picked = pick_device(device)
+    torch.manual_seed(0)
+    config = GPTConfig(
+        block_size=T, vocab_size=V, n_layer=1, n_head=H, n_embd=H * D, mlp_dim=64, attention=kernel,
+        position="alibi" if batch == "alibi" else "rope",
+    )  # fmt: skip
+    model, tokens = GPT(config).to(picked), torch.randint(V, (1, T + 1)).to(picked)
+    packing = {}
+    if batch == "packed":
+        lengths = [T >> i for i in range(1, T.bit_length())]  # T/2, T/4, …, 1
+        lengths[-1] += T - sum(lengths)
+        packing = {
+            "documents": torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]]).to(picked),
+            "positions": torch.tensor([[i for n in lengths for i in range(n)]]).to(picked),
+        }
+    with autocast(picked, pick_dtype("auto", picked)):
+        _, loss = model(tokens[:, :-1], tokens[:, 1:], **packing)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: weight.grad for name, weight in model.named_parameters()}}
+
+
+def measure(batch: str, kernel: str, lengths: list[int], device: str, folder: Path) -> list[tuple[float, float, float]]:
+    """For each T: the MiB and seconds that it takes, and how far loss and gradients are from the other kernel's.
+
+    lengths: in growing order, as a process's peak only grows. The results lie in `folder`: the first kernel to come
+    here writes them, the second one compares, relative to the largest gradient of each weight.
     """
     sys.path.insert(0, str(ROOT))
-    import torch  # not at the top: a process inherits the memory peak of its parent
+    import torch
     from safetensors.torch import load_file, save_file
 
-    from model import Mask, attention
-
-    def forward_and_backward(T: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        q, k, v, slope = (torch.randn(B, H, T, D, device=device) for _ in range(4))
-        for x in (q, k, v):
-            x.requires_grad_()
-        y = attention(q, k, v, Mask(causal=True), kind=kind)
-        y.backward(slope)
-        return {"y": y.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
+    cuda, found = device != "cpu", []
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
 
     def peak() -> int:
-        if device != "cpu":
+        if cuda:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
-    forward_and_backward(16)  # do not count what the libraries load on first use
-    synchronize()
-    before, start = peak(), time.perf_counter()
-    mine = forward_and_backward(T)
-    synchronize()
-    grown, seconds = peak() - before, time.perf_counter() - start
-    difference = float("nan")
-    if results.exists():
-        theirs = load_file(results, device)
-        difference = max((mine[name] - theirs[name]).abs().max().item() for name in mine)
-    else:
-        save_file({name: x.contiguous() for name, x in mine.items()}, results)
-    print(grown / 2**20, seconds, difference)
+    forward_and_backward(16, batch, kernel, device)  # what the libraries load on first use is not attention's
+    before = peak()
+    for T in lengths:
+        for _ in range(2 if cuda else 1):
+            synchronize()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = peak()
+            begin = time.perf_counter()
+            mine = forward_and_backward(T, batch, kernel, device)
+            synchronize()
+            grown, seconds = peak() - before, time.perf_counter() - begin
+            mine = {name: x.float().cpu() for name, x in mine.items()}
+        results, difference = folder / f"{batch}-{T}", math.nan
+        if results.exists():
+            theirs = load_file(results)
+            difference = max(
+                ((mine[n] - x).abs().max() / x.abs().max().clamp(min=1e-30)).item() for n, x in theirs.items()
+            )
+        else:
+            save_file(mine, results)
+        found.append((grown / 2**20, seconds, difference))
+    return found
 
 
-def growth(lengths: list[int], memory: list[float]) -> float:
-    """Return the exponent p of memory ~ T^p, from the last two lengths."""
-    return math.log(memory[-1] / memory[-2]) / math.log(lengths[-1] / lengths[-2])
+def growth(lengths: list[int], memory: list[float]) -> str:
+    """How memory grows between the last two lengths, as in T^0.98."""
+    if memory[-2] <= 0:
+        return "too small to see"
+    return f"T^{math.log(memory[-1] / memory[-2]) / math.log(lengths[-1] / lengths[-2]):.2f}"
+
+
+def in_a_process(batch: str, kernel: str, arguments: argparse.Namespace, folder: str) -> list[list[float]]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, f"--lengths={arguments.lengths}", "--case", batch, kernel, folder]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [[float(number) for number in line.split()] for line in done.stdout.splitlines()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--lengths", default=DEFAULT_LENGTHS, help=f"values of T (default {DEFAULT_LENGTHS})")
-    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)  # kind, T, file: one measurement
+    parser.add_argument("--lengths", default=DEFAULT_LENGTHS, help="growing values of T (default: %(default)s)")
+    parser.add_argument("--batches", default=",".join(BATCHES), help="which of %(default)s (the default)")
+    parser.add_argument("--one_process", action="store_true", help="on a CPU: a quick check that all of it runs")
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)  # batch, kernel, folder: one measurement
     arguments = parser.parse_args()
-    if arguments.case:
-        kind, T, results = arguments.case
-        return measure(kind, int(T), arguments.device, Path(results))
-
     lengths = [int(T) for T in arguments.lengths.split(",")]
-    memory: dict[str, list[float]] = {"flash": [], "math": []}
-    print(f"causal attention, forward and backward, float32 on {arguments.device}: B={B}, H={H}, D={D}")
-    print("(largest difference: between the kinds' outputs, or their gradients of q, k, v)")
-    print(f"{'T':>7} {'flash MiB':>10} {'math MiB':>10} {'flash s':>8} {'math s':>8} {'largest difference':>19}")
-    for T in lengths:
+    if arguments.case:
+        batch, kernel, folder = arguments.case
+        for numbers in measure(batch, kernel, lengths, arguments.device, Path(folder)):
+            print(*numbers)
+        return
+
+    print("| batch | T | flash MiB | math MiB | flash s | math s | largest relative difference |")
+    print("|---|---|---|---|---|---|---|")
+    powers = []
+    for batch in arguments.batches.split(","):
+        if batch not in BATCHES:
+            sys.exit(f"error: --batches takes {', '.join(BATCHES)}, not {batch}")
+        found = {}
         with tempfile.TemporaryDirectory() as folder:
-            seconds = {}
-            for kind in memory:
-                command = [sys.executable, __file__, f"--device={arguments.device}", "--case", kind, str(T)]
-                done = subprocess.run([*command, f"{folder}/results"], check=True, stdout=subprocess.PIPE, text=True)
-                mib, seconds[kind], difference = map(float, done.stdout.split())
-                memory[kind].append(mib)
-        sizes = " ".join(f"{memory[kind][-1]:>10.1f}" for kind in memory)
-        times = " ".join(f"{seconds[kind]:>8.2f}" for kind in memory)
-        print(f"{T:>7} {sizes} {times} {difference:>19.1e}", flush=True)
-    if len(lengths) > 1:
-        powers = ", ".join(f"{kind} as T^{growth(lengths, memory[kind]):.2f}" for kind in memory)
-        print(f"growth over the last step of T: {powers}")
+            for kernel in KERNELS:
+                if arguments.device != "cpu" or arguments.one_process:
+                    found[kernel] = measure(batch, kernel, lengths, arguments.device, Path(folder))
+                else:
+                    found[kernel] = in_a_process(batch, kernel, arguments, folder)
+        for T, (flash, flash_s, _), (math_, math_s, difference) in zip(lengths, *found.values(), strict=True):
+            print(
+                f"| {batch} | {T:,} | {flash:,.1f} | {math_:,.1f} | {flash_s:.3f} | {math_s:.3f} | {difference:.1e} |"
+            )
+        if len(lengths) > 1:
+            words = [f"{kernel} {growth(lengths, [mib for mib, *_ in rows])}" for kernel, rows in found.items()]
+            powers.append(f"{batch}: {', '.join(words)}")
+    if powers:
+        print(f"\nGrowth of memory over the last step of T: {'; '.join(powers)}.")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/decode.py [--nanogpt PATH_TO_A_CLONE] [--device=cuda] [--shape=1.5b] [--new=128] [--repeat=5]
 
 GPT-2's shape, prompts of 16 tokens, greedy and with 4 beams, one prompt and batches; float32 on a CPU, bfloat16 on a
-GPU. The engines take turns, and the medians are printed. The limit is the memory bandwidth, measured in the same run,
-divided by the size of the weights: a decoder that reads all weights for each token of one row cannot be faster.
+GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured in the same
+run: no one-row decoder that reads them once per token can be faster.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.nanogpt import nanogpt_module  # noqa: E402
 from decoding.beam import beam_search  # noqa: E402
 from decoding.fast import speed_up  # noqa: E402
 from decoding.stream import generate  # noqa: E402
@@ -44,20 +46,24 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def bandwidth(device: str) -> float:
-    """Return the bytes per second at which memory is read, the best of ten sums over 1 GB."""
-    block, best = torch.ones(1 << 28, device=device), 0.0
+def bandwidth(device: str, numbers: int) -> float:
+    """Bytes per second at which memory is read: so many float32 numbers are summed, the fastest of ten rounds.
+
+    A round on a GPU is 20 sums, as the host takes some microseconds to start the first one and to notice the last.
+    """
+    block, best, sums = torch.ones(numbers, device=device), 0.0, 1 if device == "cpu" else 20
     for _ in range(10):
         synchronize(device)
         begin = time.perf_counter()
-        block.sum()
+        for _ in range(sums):
+            block.sum()
         synchronize(device)
-        best = max(best, block.nbytes / (time.perf_counter() - begin))
+        best = max(best, sums * block.nbytes / (time.perf_counter() - begin))
     return best
 
 
 def transformers_engine(model: torch.nn.Module, prompts: torch.Tensor, new: int, **options) -> Callable:
-    model.generation_config.eos_token_id = None  # no engine stops early
+    model.generation_config.eos_token_id = None  # nobody stops early
     options |= {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
     @torch.inference_mode()
@@ -68,14 +74,11 @@ def transformers_engine(model: torch.nn.Module, prompts: torch.Tensor, new: int,
 
 
 def nanogpt_engine(clone: str, weights: dict, shape: tuple[int, int, int], prompts: torch.Tensor, new: int) -> Callable:
-    """Return nanoGPT's generate with transformers' weights, some of them transposed; top_k=1 is greedy."""
-    ours = sys.modules.pop("model")  # both projects call it that
-    sys.path.insert(0, clone)
-    from model import GPT, GPTConfig
-
-    sys.modules["model"] = ours
-    n_layer, n_head, n_embd = shape
-    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, bias=True))
+    """nanoGPT's model with transformers' weights, which it names alike but keeps transposed; top_k=1 is greedy."""
+    nanogpt, (n_layer, n_head, n_embd) = nanogpt_module(clone), shape
+    with prompts.device, redirect_stdout(sys.stderr):
+        config = nanogpt.GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, bias=True)
+        model = nanogpt.GPT(config)
     transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     weights = {name: w.T if name.endswith(transposed) else w for name, w in weights.items()}
     model.load_state_dict(weights, strict=False)
@@ -89,18 +92,20 @@ def main() -> None:
     if cpu:
         torch.set_num_threads(2)
     n_layer, n_head, n_embd = shape
-    theirs, ours = gpt2_twins(
-        vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=1024, implementation="sdpa"
-    )
+    with torch.device(args.device):
+        theirs, ours = gpt2_twins(
+            vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=1024, implementation="sdpa"
+        )
     dtype = torch.float32 if cpu else torch.bfloat16
     theirs, ours = theirs.to(args.device, dtype), ours.to(args.device, dtype)
     read = sum(p.nbytes for p in ours.parameters()) - ours.pos_emb.weight.nbytes
     bytes8 = speed_up(copy.deepcopy(ours), quantize="int8") if cpu else None
     one, many = speed_up(copy.deepcopy(ours)), speed_up(ours, rows=16)
     numbers = torch.randint(50257, (64, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
-    limit = bandwidth(args.device) / read
-    print(f"{args.shape} on {args.device}, {str(dtype).removeprefix('torch.')}: {read / 1e6:.0f} MB of weights, "
-          f"so at most {limit:.1f} readings of them per second")  # fmt: skip
+    speed = bandwidth(args.device, 1 << 20 if args.shape == "tiny" else 1 << 28)
+    limit = speed / read
+    print(f"{args.shape} on {args.device}, {str(dtype).removeprefix('torch.')}: {read / 1e6:,.0f} MB of weights; "
+          f"memory gives {speed / 1e9:,.0f} GB/s, so at most {limit:.1f} readings of them per second\n")  # fmt: skip
     print("| | transformers tok/s | ours tok/s | ratio | of the limit | same tokens |\n|---|---|---|---|---|---|")
     for batch, beams in [(1, 1), (1, BEAMS), (16, 1), *([] if cpu else [(64, 1), (16, BEAMS)])]:
         prompts, model = numbers[:batch], one if batch * beams == 1 else many

@@ -9,10 +9,11 @@ from model import GPT, GPTConfig
 
 def randomised(theirs, seed):
     """Every weight of a transformers model random: norms away from 1, biases away from 0."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(theirs.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for weight in theirs.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
+            weight.add_(torch.randn(weight.shape, generator=generator, device=device), alpha=0.2)
     return theirs.eval()
 
 
