@@ -70,7 +70,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Part], list[str]]:
     text = shakespeare(args.input, left_out) if "loss" in args.parts else None
     workers = ["-n", "4"] if find_spec("xdist") and not tiny else []
     files = ["tests/test_device.py"] if tiny else cuda_tests()
-    lengths = "32,64" if tiny else "2048,4096,8192,16384"
+    lengths = "32,64" if tiny else "4096,8192,16384"
     decode = ["--shape=tiny", "--new=2", "--repeat=1"] if tiny else ["--new=64", "--repeat=2"]
     parts = [
         Part("tests", "Tests", ["-m", "pytest", "-q", "-rfE", "-m", "not cuda" if tiny else "cuda", *workers, *files],

@@ -467,11 +467,12 @@ def test_on_a_gpu_flash_equals_math_compiled_equals_eager_and_cached_equals_reco
     for inputs in ({}, {"documents": documents}, {"padding": padding}):
         for flash, math_ in zip(run(model, "flash", **inputs), run(model, "math", **inputs), strict=True):
             assert_close(flash, math_, tolerance)
-    torch._dynamo.reset()  # the cases before this one count towards the limit of recompilations
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        compiled = run(torch.compile(model), "flash")
-    for mine, eager in zip(compiled, run(model, "flash"), strict=True):
-        assert_close(mine, eager, tolerance)
+    if position == "rope":  # compiling takes seconds; tests/test_cuda.py compiles packed rows and ALiBi
+        torch._dynamo.reset()  # the cases before this one count towards the limit of recompilations
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            compiled = run(torch.compile(model), "flash")
+        for mine, eager in zip(compiled, run(model, "flash"), strict=True):
+            assert_close(mine, eager, tolerance)
     if dtype == torch.float32:
         cache = KVCache(config, 4, 128, device="cuda")
         with torch.no_grad():
