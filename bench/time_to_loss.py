@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.nanogpt import nanogpt_module  # noqa: E402
+from model import GPT  # noqa: E402
 from runs.run import Run  # noqa: E402
 from text.corpus import Corpus  # noqa: E402
 
@@ -122,7 +123,8 @@ def score(model: torch.nn.Module, corpus: Corpus, block_size: int, device: str) 
     model, total, count = model.to(device), 0.0, 0
     for idx, targets in corpus.windows("val", block_size, 128):
         idx, targets = idx.to(device), targets.to(device)
-        logits = model(idx, idx)[0]  # nanoGPT gives all logits only if it gets targets, whichever
+        # nanoGPT gives all logits only if it gets targets, whichever; ours only if it gets none.
+        logits = (model(idx) if isinstance(model, GPT) else model(idx, idx))[0]
         total += F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
         ).item()
