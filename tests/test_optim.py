@@ -1,13 +1,19 @@
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 
 from model import GPT, GPTConfig
 from tests.fake_cuda import emulated
 from training.config import TrainConfig
-from training.optim import Muon, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
+from training.optim import Muon, assign_owners, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
+
+ROOT = Path(__file__).parent.parent
 
 LR = 0.01
 CONFIG = TrainConfig(learning_rate=LR, weight_decay=0.1)
@@ -61,18 +67,6 @@ def test_orthogonalize_does_not_see_how_long_the_gradient_is():
 def test_orthogonalize_treats_a_batch_of_matrices_one_by_one():
     G = random(3, 8, 16) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
     assert_close(orthogonalize(G), torch.cat([orthogonalize(g[None]) for g in G]))
-
-
-@pytest.mark.parametrize("capability, has_bfloat16", [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
-def test_orthogonalize_takes_bfloat16_only_on_a_gpu_that_does_not_emulate_it(capability, has_bfloat16):
-    G = random(2, 8, 16).float()
-    on_cpu = orthogonalize(G)
-    with emulated("cuda"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        on_gpu = orthogonalize(G.to("cuda")).cpu()
-    assert on_gpu.dtype == on_cpu.dtype == torch.float32
-    assert torch.equal(on_gpu, on_cpu) != has_bfloat16
-    assert_close(on_gpu, on_cpu, 0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,6 +146,120 @@ def test_muon_continues_from_its_saved_state():
         param.grad = g.clone()
         optimizer.step()
     assert_close(param.detach(), expected)
+
+
+@pytest.mark.parametrize("capability, has_bfloat16", [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
+def test_muon_takes_bfloat16_only_on_a_gpu_that_does_not_emulate_it(capability, has_bfloat16):
+    def updated(device):
+        model = tiny().to(device)
+        muon, _ = make_optimizers(model, CONFIG)
+        weights = muon.param_groups[0]["params"]
+        for i, weight in enumerate(weights):
+            weight.grad = random(*weight.shape, seed=i).float().to(device)
+        before = [weight.detach().cpu().clone() for weight in weights]
+        muon.step()
+        return [weight.detach().cpu() - old for weight, old in zip(weights, before, strict=True)]
+
+    on_cpu = updated("cpu")
+    with emulated("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        on_gpu = updated("cuda")
+    for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
+        assert gpu.dtype == torch.float32 and torch.equal(gpu, cpu) != has_bfloat16
+        assert (gpu - cpu).abs().max() < 0.05 * cpu.abs().max()
+
+
+def test_newton_schulz_compiles_one_graph_per_shape_however_many_steps_and_learning_rates(monkeypatch):
+    shapes, graphs, compile_ = [(8, 12), (12, 8), (8, 8), (8, 12)], [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append([tuple(x.shape) for x in inputs])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=count, **options))
+    weights = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    steps = [[random(*shape, seed=10 * s + i) for i, shape in enumerate(shapes)] for s in (1, 2, 3)]
+    torch._dynamo.reset()
+    after, plain = muon_steps(weights, steps, compiled=True), muon_steps(weights, steps)
+    assert sorted(graphs) == [[(1, 8, 8)], [(3, 8, 12)]]
+    assert_close(after, plain)
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+PROCESSES = """
+import os, sys, torch
+import torch.distributed as dist
+from model import GPT, GPTConfig
+from training.config import TrainConfig
+from training.device import Process
+from training.optim import make_optimizers
+
+def build():
+    torch.manual_seed(0)
+    shape = dict(block_size=16, vocab_size=51, n_layer=2, n_head=3, n_kv_head=1, n_embd=24, mlp_dim=20)
+    model = GPT(GPTConfig(**shape)).double()
+    model.blocks[0].mlp.up.weight.requires_grad = False
+    return model
+
+def trained(process):
+    model, config = build(), TrainConfig(learning_rate=0.01, weight_decay=0.1)
+    muon, adamw = make_optimizers(model, config, process)
+    plain, done = muon.orthogonalize, []
+    muon.orthogonalize = lambda G: done.append(len(G)) or plain(G)
+    for step in range(3):
+        for i, weight in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + i)
+            weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        muon.step()
+        adamw.step()
+    return sum(done) // 3, [weight.detach() for weight in model.parameters()]
+
+torch.set_num_threads(1)
+total, expected = trained(None)
+for world in 2, 3:
+    children = []
+    for rank in range(world):  # importing torch once is enough
+        children.append(os.fork())
+        if children[-1] == 0:
+            dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/{world}", rank=rank, world_size=world)
+            process = Process(rank, world, torch.device("cpu"), "float32")
+            done, weights = trained(process)
+            counts = [torch.zeros(1) for _ in range(world)]
+            dist.all_gather(counts, torch.tensor([float(done)]))
+            counts = [int(count) for count in counts]
+            assert sum(counts) == total == 12 and 0 < min(counts) <= max(counts) < total, counts
+            difference = max((a - b).abs().max().item() for a, b in zip(weights, expected))
+            assert difference < 1e-10, difference
+            dist.barrier()
+            os._exit(7)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7] * world
+"""
+
+
+def test_2_and_3_processes_share_the_matrices_out_and_end_with_the_weights_of_one(tmp_path):
+    """Each matrix is orthogonalised by one of them."""
+    command = [sys.executable, "-c", PROCESSES, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_owners_share_the_work_fairly(world_size, seed):
+    """No process has more than the average and one piece; that is so for any list, if each goes to the least busy."""
+    costs = torch.rand(40, generator=torch.Generator().manual_seed(seed)).pow(3).tolist()
+    owners = assign_owners(costs, world_size)
+    load = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(world_size)]
+    assert len(owners) == 40 and max(load) <= sum(costs) / world_size + max(costs)
+    assert max(load) <= 4 / 3 * max(sum(costs) / world_size, max(costs)) or world_size == 1
+
+
+def test_owners_of_the_example_and_of_fewer_pieces_than_processes():
+    assert assign_owners([3, 5, 2, 4], 2) == [1, 0, 0, 1]
+    assert sorted(assign_owners([1, 1, 1], 8)) == [0, 1, 2] and assign_owners([], 4) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

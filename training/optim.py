@@ -3,7 +3,8 @@
 Notable:
 - the matrices of queries, keys, values, gate and up are orthogonalised one by one, even where the model stacks them in
   one weight;
-- matrices of one shape, from all layers, go through Newton-Schulz as one batch;
+- matrices of one shape, from all layers, go through Newton-Schulz as one batch, which can be compiled;
+- of the processes that train together, one orthogonalises each matrix, and one all-gather brings the updates to all;
 - Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
 """
 
@@ -11,11 +12,12 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
 from model import GPT
-from training.device import has_bfloat16
+from training.device import Process, has_bfloat16
 
 
 def learning_rate_at(step: int, config) -> float:
@@ -44,12 +46,31 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     [Jordan et al. 2024, Muon: an optimizer for hidden layers]
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if G.is_cuda and has_bfloat16(G.device) else G  # the iteration forgives rounding
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.to(G.dtype)
+    return X
+
+
+def assign_owners(costs: list[float], world_size: int) -> list[int]:
+    """Share pieces of work out: the rank that does each piece. The dearest piece goes first, to the least busy process.
+
+    No process gets more than 4/3 of the work that the busiest one has in the best assignment [Graham 1969].
+
+        assign_owners([3, 5, 2, 4], world_size=2) → [1, 0, 0, 1]
+    """
+    owners, load = [0] * len(costs), [0.0] * world_size
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(world_size), key=load.__getitem__)
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def matrices(stacks: list[Tensor], rows: list[list[int]]) -> list[Tensor]:
+    """Views of the matrices that are stacked in each 2-d tensor, as (r, c) with r <= c: tall ones are transposed."""
+    pieces = [piece for stack, counts in zip(stacks, rows, strict=True) for piece in stack.split(counts)]
+    return [piece if piece.size(0) <= piece.size(1) else piece.mT for piece in pieces]
 
 
 class Muon(torch.optim.Optimizer):
@@ -57,32 +78,68 @@ class Muon(torch.optim.Optimizer):
 
     params: 2-d weights. rows: for each of them, the numbers of rows of the matrices stacked in it. The update of an
     (r, c) matrix is scaled by 0.2·√max(r, c), which gives it the root mean square of AdamW's [Liu et al. 2025, section
-    2.2].
+    2.2]. process: one of those that train together, None for a single one; all of them hold the same weights, gradients
+    and momentum. compiled: whether to compile Newton-Schulz, once for each shape.
     """
 
-    def __init__(self, params: list[nn.Parameter], rows: list[list[int]], lr: float, momentum=0.95, weight_decay=0.0):
+    def __init__(
+        self, params: list[nn.Parameter], rows: list[list[int]], lr: float, momentum=0.95, weight_decay=0.0,
+        process: Process | None = None, compiled: bool = False,
+    ):  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.rows = rows
+        self.rank, world_size = (process.rank, process.world_size) if process else (0, 1)
+        shapes = [matrix.shape for matrix in matrices([p.detach() for p in params], rows)]
+        owners = assign_owners([r * r * (2 * c + r) for r, c in shapes], world_size)  # products of Newton-Schulz
+        # The numbers of the matrices that each process orthogonalises
+        self.owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world_size)]
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every weight; each must have a gradient."""
+        """One update of every weight; each must have a gradient. Processes that train together call this together."""
         (group,) = self.param_groups
-        by_shape = defaultdict(list)  # (r, c) with r <= c → pairs of a weight matrix and its momentum, both (r, c)
-        for weight, rows in zip(group["params"], self.rows, strict=True):
+        weights, rows = group["params"], self.rows
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-            momentum = self.state[weight]["momentum"]
-            momentum.lerp_(weight.grad, 1 - group["momentum"])
-            ahead = weight.grad.lerp(momentum, group["momentum"])  # Nesterov: where the momentum is going
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            for w, m in zip(weight.split(rows), ahead.split(rows), strict=True):
-                w, m = (w, m) if w.size(0) <= w.size(1) else (w.mT, m.mT)
-                by_shape[w.shape].append((w, m))
-        for shape, pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([m for _, m in pairs]))
-            for (w, _), update in zip(pairs, updates, strict=True):
-                w.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(shape)))
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+
+        W, M, G = (matrices(stacks, rows) for stacks in (weights, momenta, gradients))
+        # bfloat16 is the fastest where the hardware has it, and the iteration forgives its rounding
+        dtype = torch.bfloat16 if W[0].is_cuda and has_bfloat16(W[0].device) else W[0].dtype
+        by_shape = defaultdict(list)  # (r, c) → numbers of this process's matrices of that shape
+        for i in self.owned[self.rank]:
+            by_shape[W[i].shape].append(i)
+        updates: dict[int, Tensor] = {}
+        for numbers in by_shape.values():
+            # Nesterov: where the momentum is going
+            ahead = torch.stack([G[i].lerp(M[i], group["momentum"]).to(dtype) for i in numbers])
+            updates |= zip(numbers, self.orthogonalize(ahead), strict=True)
+        if len(self.owned) > 1:
+            updates = self.exchange(updates, [w.shape for w in W], W[0].new_empty(0, dtype=dtype))
+        for i, w in enumerate(W):
+            w.sub_(updates[i], alpha=group["lr"] * 0.2 * math.sqrt(w.size(1)))
+
+    def exchange(self, updates: dict[int, Tensor], shapes: list[torch.Size], like: Tensor) -> dict[int, Tensor]:
+        """The updates of all matrices, from each process's own: one all-gather, of parts that are equally long.
+
+        shapes: of all matrices; like: a tensor with the updates' dtype and device.
+        """
+        lengths = [[shapes[i].numel() for i in numbers] for numbers in self.owned]
+        parts = like.new_empty(len(lengths), max(map(sum, lengths)))  # each process's updates, and unused room
+        slots: dict[int, Tensor] = {}
+        for part, numbers, sizes in zip(parts, self.owned, lengths, strict=True):
+            room = part[: sum(sizes)].split(sizes) if sizes else ()
+            slots |= {i: slot.view(shapes[i]) for i, slot in zip(numbers, room, strict=True)}
+        for i, update in updates.items():
+            slots[i].copy_(update)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before PyTorch 2.13
+        gather(parts.view(-1), parts[self.rank])
+        return slots
 
 
 def stacked_rows(model: GPT) -> dict[str, list[int]]:
@@ -94,11 +151,13 @@ def stacked_rows(model: GPT) -> dict[str, list[int]]:
     return {n: rows for n, _ in model.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
 
 
-def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config, process: Process | None = None) -> list[torch.optim.Optimizer]:
     """Make the optimizers of all weights that train: [Muon, AdamW], or [AdamW] for optimizer='adamw'.
 
     Muon takes the 2-d weights inside the blocks, AdamW all others. Weight decay applies to 2-d weights only: it is to
     limit the size of matrices, and biases and norm weights, which are few, do not need that.
+    process: one of those that train together, None for a single one. If config.compile is True, Newton-Schulz is
+    compiled.
     """
     rows = stacked_rows(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -111,8 +170,8 @@ def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
         stacks = [rows.get(n, [p.size(0)]) for n, p in hidden.items()]
-        muon = Muon(list(hidden.values()), stacks, config.learning_rate, config.muon_momentum, config.weight_decay)
-        optimizers.append(muon)
+        settings = (config.learning_rate, config.muon_momentum, config.weight_decay)
+        optimizers.append(Muon(list(hidden.values()), stacks, *settings, process, compiled=config.compile is True))
     if rest:
         betas, groups = (config.beta1, config.beta2), [g for g in groups if g["params"]]
         optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
