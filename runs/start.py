@@ -15,11 +15,12 @@ import torch
 from common.config import build
 from common.files import locked
 from model import GPT, GPTConfig
-from runs.checkpoint import FILES, load_optimizers, load_weights, read_state, save_checkpoint, verify
+from runs.checkpoint import FILES, Saver, load_optimizers, load_weights, read_state, verify
 from runs.run import CONFIG, SCRATCH, Origin, Run, model_to_fine_tune
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
+from training.device import Process
 from training.log import Log, check_wandb, rewind_log
 from training.lora import add_lora
 from training.optim import learning_rate_at, make_optimizers
@@ -123,9 +124,12 @@ class Start:
             load_weights(model, self.checkpoint)
         return model
 
-    def optimizers(self, model: GPT, config: TrainConfig) -> list:
-        """Return the optimizers of a model on its device, with their saved state if the run is resumed."""
-        optimizers = make_optimizers(model, config)
+    def optimizers(self, model: GPT, config: TrainConfig, process: Process | None = None) -> list:
+        """The optimizers of a model that is on its device already, as they were if the run is resumed.
+
+        process: as in `make_optimizers`.
+        """
+        optimizers = make_optimizers(model, config, process)
         if self.state:
             load_optimizers(model, optimizers, self.checkpoint)
         return optimizers
@@ -224,6 +228,7 @@ class RunFolder:
     def __init__(self, run: Run, start: Start, tokenizer: Tokenizer, config: TrainConfig, active: bool):
         self.run, self.start, self.active = run, start, active
         self.lock = ExitStack()
+        self.saver = Saver(run.folder)
         self.notes = [*start.notes, *start.schedule_note(config)]
         if active:
             check_wandb(config)
@@ -238,9 +243,16 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.log.close()
-        self.lock.close()
+    def __exit__(self, _kind: type | None, ending: BaseException | None, _traceback: object) -> None:
+        try:
+            self.saver.close()
+        except ValueError as error:
+            if ending is None:
+                raise
+            self.log.say(f"note: {error}")  # what ended the run is told by the command
+        finally:
+            self.log.close()
+            self.lock.close()
 
     def _open(self, tokenizer: Tokenizer) -> None:
         """Make the folder of a new run, or cut the log of a resumed one at its checkpoint; then write config.json."""
@@ -285,9 +297,13 @@ class RunFolder:
                 path.unlink()
 
     def save(self, model: GPT, optimizers: list, state: dict) -> None:
-        """Save a checkpoint of step state["step"], if this process is active."""
+        """Save a checkpoint of step state["step"]; a thread writes it, see `wait`."""
         if self.active:
-            save_checkpoint(self.run.folder, model, optimizers, state)
+            self.saver.save(model, optimizers, state)
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk. ValueError if it could not be written."""
+        self.saver.wait()
 
 
 def keep_run(source: Path, which: str, target: Path) -> None:

@@ -5,7 +5,11 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,19 +137,138 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_one(run, mo
     ]  # fmt: skip
 
 
-def test_a_disk_that_is_full_leaves_no_debris_and_is_told_plainly(run):
-    out_dir, model, optimizers = run
+@contextmanager
+def full_disk(room: int):
+    """In this context, no file can grow beyond `room` bytes."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-        with pytest.raises(ValueError, match="cannot write .*step_00000003: .*make room"):
-            checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_disk_that_is_full_leaves_no_debris_and_is_told_plainly(run):
+    out_dir, model, optimizers = run
+    with full_disk(1000), pytest.raises(ValueError, match="cannot write .*step_00000003: .*make room"):
+        checkpoint.save_checkpoint(out_dir, model, optimizers, {"step": 3, "val_loss": 3.0})
     entries = sorted(path.name for path in (out_dir / "checkpoints").iterdir())
     assert entries == ["step_00000001", "step_00000002"]
+
+
+def test_what_a_thread_saves_is_what_was_there_when_save_was_called(run):
+    out_dir, model, optimizers = run
+    saver, state = checkpoint.Saver(out_dir), {"step": 3, "val_loss": 3.0}
+    checkpoint.save_checkpoint(out_dir.with_name("plain"), model, optimizers, state)
+    saver.save(model, optimizers, state)
+    with torch.no_grad():  # training goes on
+        for tensor in [*model.parameters(), *checkpoint.optimizer_tensors(model, optimizers).values()]:
+            tensor.fill_(-1)
+    state["step"] = 4
+    saver.close()
+    plain, saved = (folder / "checkpoints" / "step_00000003" for folder in (out_dir.with_name("plain"), out_dir))
+    for name in [*checkpoint.FILES, "manifest.json"]:
+        assert (plain / name).read_bytes() == (saved / name).read_bytes()
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "close"])
+def test_an_error_of_the_thread_comes_up_in_whatever_waits_for_it_and_once(run, then):
+    out_dir, model, optimizers = run
+    saver = checkpoint.Saver(out_dir)
+    with full_disk(1000), pytest.raises(ValueError, match="cannot write .*step_00000003: .*make room"):
+        saver.save(model, optimizers, {"step": 3, "val_loss": 3.0})
+        saver.save(model, optimizers, {"step": 4, "val_loss": 3.0}) if then == "save" else getattr(saver, then)()
+    saver.close()
+    assert names(out_dir) == ["step_00000001", "step_00000002"]
+
+
+KILLS = """
+import itertools, os, resource, signal, sys
+import torch
+from model import GPT, GPTConfig
+from runs import checkpoint
+from training.config import TrainConfig
+from training.optim import make_optimizers
+
+out_dir = sys.argv[1]
+os.fsync = lambda descriptor: None  # that is for a loss of power; what a killed process has written stays
+torch.set_num_threads(1)
+model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=32, mlp_dim=32))
+optimizers = make_optimizers(model, TrainConfig())
+model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
+for optimizer in optimizers:
+    optimizer.step()
+
+def set_all(value):
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *checkpoint.optimizer_tensors(model, optimizers).values()]:
+            tensor.fill_(value)
+
+def train(first, operation=None, room=None):
+    if operation is not None:  # die at that operation on the run's files
+        counter = itertools.count()
+        def die(event, arguments):
+            if event == "open" or event.startswith(("os.", "shutil.")):
+                if any(out_dir in str(argument) for argument in arguments) and next(counter) == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(die)
+    if room is not None:  # die when a file reaches that size: in the middle of writing it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    saver = checkpoint.Saver(out_dir)
+    for step in range(first, first + 3):
+        set_all(step)
+        saver.save(model, optimizers, {"step": step, "val_loss": 1.0 / step})
+        set_all(-1.0)  # training goes on
+    saver.close()
+    os._exit(0)
+
+def newest():
+    found = checkpoint.list_checkpoints(out_dir)
+    for folder in found:
+        checkpoint.verify(folder)
+        step = checkpoint.read_state(folder)["step"]
+        assert folder.name == f"step_{step:08d}"
+        for name in checkpoint.FILES[:2]:
+            assert all((x == step).all() for x in checkpoint.read_tensors(folder / name).values()), (folder, name)
+    return checkpoint.read_state(found[-1])["step"] if found else 0
+
+def fork(**moment):
+    before = newest()
+    child = os.fork()
+    if not child:
+        train(before + 1, **moment)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    after = newest()
+    assert before <= after <= before + 3
+    return code, after - before
+
+assert fork() == (0, 3)
+died, gained = set(), set()
+for operation in range(2, 82, 4):
+    code, steps = fork(operation=operation)
+    died.add(code)
+    gained.add(steps)
+assert died == {-signal.SIGKILL} and gained >= {0, 1, 2}, (died, gained)
+for name in checkpoint.FILES[:2]:
+    size = os.path.getsize(checkpoint.list_checkpoints(out_dir)[-1] / name)
+    for part in (0.1, 0.9):
+        code, steps = fork(room=int(part * size))
+        assert code == -signal.SIGXFSZ and steps == 0, (code, steps)
+assert fork() == (0, 3)
+print(sorted(os.listdir(f"{out_dir}/checkpoints")))
+"""
+
+
+def test_checkpoints_survive_24_kills_at_all_moments_of_saving(tmp_path):
+    """Killed at every fourth operation on files, and inside files; what is left is whole, and the next save tidies."""
+    command, root = [sys.executable, "-c", KILLS, str(tmp_path / "run")], Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step_") == 2 and ".tmp" not in done.stdout  # the newest is the best, too
 
 
 def test_a_swapped_tokenizer_is_refused(run):
