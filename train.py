@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from runs.run import Run
 from runs.start import RunFolder, Start, decide
 from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
+from training.compiling import compiled, decide_to_compile
 from training.config import TrainConfig
 from training.device import (
     Peak,
@@ -49,6 +50,7 @@ from training.device import (
 from training.interrupt import interruptible
 from training.memory import check_memory
 from training.optim import learning_rate_at
+from training.prefetch import Prefetcher, pin, to_device
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
 USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no config: config/pydocs.py)
@@ -67,8 +69,9 @@ OUT_OF_MEMORY = "lower batch_size (and raise gradient_accumulation_steps), block
 class Trainer:
     """A model, its optimizers and a task, carried from step to step.
 
-    model is the GPT itself; network is the same, wrapped for speed and data parallelism. state is what a checkpoint
-    remembers besides weights and optimizers; None for a run that begins.
+    model is the GPT itself; network is the same, wrapped for speed and data parallelism. config.compile is True or
+    False here: `decide_to_compile` has decided what "auto" means. state is what a checkpoint remembers besides weights
+    and optimizers; None for a run that begins.
     """
 
     def __init__(
@@ -79,14 +82,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == "float16")
         if self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
-        compiled = config.compile is True or config.compile == "auto" and process.device.type == "cuda"
-        # Padded batches have many lengths: there the compiler may make the length a variable.
-        dynamic = False if task.fixed_shapes else None
-        self.evaluator: Any = torch.compile(model, dynamic=dynamic) if compiled else model
+        self.evaluator: Any = compiled(model, task.fixed_shapes) if config.compile is True else model
         self.network: Any = self.evaluator  # has no_sync if it is data-parallel
-        if process.world_size > 1:
-            self.network = DistributedDataParallel(self.evaluator)
+        if process.world_size > 1:  # the gradients are views of the buckets that are exchanged, not copies
+            self.network = DistributedDataParallel(self.evaluator, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False  # they are constants
+        self.prefetch = Prefetcher(self.read_batches, config.max_iters, process.device)
         self.saved_step = self.state["step"]  # the last step that was evaluated and saved
         self.pending: list[Tensor] = []  # losses and gradient norms still on the device, read together at the next log
         self.peak = Peak(process)
@@ -122,18 +123,26 @@ class Trainer:
                     self.flush()
 
     def close(self) -> None:
-        """Let go of the wrapped model, whatever ends the run: see `stop_process`."""
+        """Let go of the wrapped model, whatever ends the run (see `stop_process`), and end the reading thread."""
         del self.network, self.evaluator
+        self.prefetch.close()
 
     def next_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's micro-batches of the step, and what to divide their summed losses by.
 
         DDP averages the gradients over processes where their sum is wanted: hence the division by world_size.
         """
-        process, B = self.process, self.config.batch_size
-        batches = [self.task.batch(step, slice(i * B, (i + 1) * B)) for i in self.micro_steps()]
-        (count,) = process.total(sum(int((batch["targets"] != IGNORE).sum()) for batch in batches))
+        process = self.process
+        batches, counted = self.prefetch(step)
+        (count,) = process.total(counted)
         return batches, torch.full((), max(count, 1.0) / process.world_size, device=process.device)
+
+    def read_batches(self, step: int) -> tuple[list[dict[str, Tensor]], int]:
+        """This process's micro-batches of the step, ready for the device, and the number of their counted targets."""
+        B = self.config.batch_size
+        batches = [self.task.batch(step, slice(i * B, (i + 1) * B)) for i in self.micro_steps()]
+        counted = sum(int((batch["targets"] != IGNORE).sum()) for batch in batches)
+        return [pin(batch, self.process.device) for batch in batches], counted
 
     def micro_steps(self) -> range:
         """The numbers, within a step, of the micro-steps that this process does."""
@@ -188,7 +197,7 @@ class Trainer:
             losses = torch.stack(self.pending).tolist()
             for step, (loss, norm) in enumerate(losses, start=last - len(losses) + 1):
                 if not (math.isfinite(loss) and (math.isfinite(norm) or self.process.dtype == "float16")):
-                    raise ValueError(broken_down(f"step {step}: loss {loss}, gradient norm {norm}", config.out_dir))
+                    raise ValueError(self.broken_down(f"step {step}: loss {loss}, gradient norm {norm}"))
             now = time.perf_counter()
             speed = tokens_per_step * len(losses) / (now - self.clock)
             if last % config.log_interval == 0 or last == config.max_iters:
@@ -206,7 +215,7 @@ class Trainer:
         config, state = self.config, self.state
         metrics = evaluate(self.evaluator, self.task, self.process, self.log.evaluating)
         if not math.isfinite(metrics["val_loss"]):
-            raise ValueError(broken_down(f"step {state['step']}: val_loss {metrics['val_loss']}", config.out_dir))
+            raise ValueError(self.broken_down(f"step {state['step']}: val_loss {metrics['val_loss']}"))
         event = {"step": state["step"], **metrics, "seconds": time.perf_counter() - self.begin}
         self.log.event(event)
         if state["step"]:
@@ -223,8 +232,19 @@ class Trainer:
             self.model.train()
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
 
+    def broken_down(self, what: str) -> str:
+        """What to say when a number is not finite."""
+        try:
+            self.folder.wait()
+        except ValueError as error:
+            what = f"{what}; {error}"
+        saved = list_checkpoints(self.config.out_dir)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+        remedy = "Try a lower learning_rate, more warmup_iters, a smaller grad_clip or dtype=float32"
+        return f"{what}; {last}. {remedy}" + (", with --init_from=resume" if saved else "")
+
     def save(self, val_loss: float | None) -> None:
-        """Write a checkpoint of this step; val_loss is None where it was not evaluated."""
+        """Save this step, and go on while a thread writes it; val_loss is None where it was not evaluated."""
         self.saved_step = self.state["step"]
         seconds = time.perf_counter() - self.begin
         self.state.update(val_loss=val_loss, seconds=seconds, scaler=self.scaler.state_dict())
@@ -239,15 +259,9 @@ class Trainer:
         step = self.state["step"]
         if step != self.saved_step:
             self.save(val_loss=None)
+        self.folder.wait()
         self.log.say(f"stopped at step {step}; continue with --init_from=resume --out_dir={self.config.out_dir}")
         raise SystemExit(128 + max(caught, default=signal.SIGTERM))
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on the device; from pinned memory the copy overlaps with what the GPU is doing."""
-    if device.type != "cuda":
-        return {name: x.to(device) for name, x in batch.items()}
-    return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
 
 
 @torch.no_grad()
@@ -261,20 +275,11 @@ def evaluate(network, task: Task, process: Process, watch: Callable = iter) -> d
     for batch in watch(task.validation(process.rank, process.world_size)):
         count += int((batch["targets"] != IGNORE).sum())
         with autocast(process.device, process.dtype):
-            loss += network(**to_device(batch, process.device), target_count=1)[1].to(loss.device)
+            loss += network(**to_device(pin(batch, process.device), process.device), target_count=1)[1].to(loss.device)
     network.train()
     total, counted = process.total(loss.item(), count)
     mean = total / max(counted, 1)
     return {"val_loss": mean, "val_bpb": mean * task.tokens_per_byte / np.log(2)}
-
-
-def broken_down(what: str, out_dir: str) -> str:
-    """What to say when a number is not finite."""
-    saved = list_checkpoints(out_dir)
-    last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
-    return f"{what}; {last}. Try a lower learning_rate, more warmup_iters, a smaller grad_clip or dtype=float32" + (
-        ", with --init_from=resume" if saved else ""
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,17 +291,23 @@ def train_or_evaluate(
 ) -> None:
     """Evaluate only, if the config says so; else train in the run's folder, beginning with the lines about the run."""
     model.to(process.device)
-    if config.eval_only:
-        metrics = evaluate(model, task, process)
+    done = start.state["step"] if start.state and not config.eval_only else 0
+    flops = (config.max_iters - done) * task.tokens_per_step * model.flops_per_token()
+    compiles, notes = decide_to_compile(config, process, flops)
+    config = replace(config, compile=compiles)
+    if config.eval_only:  # by the network that training would use
+        metrics = evaluate(compiled(model, task.fixed_shapes) if compiles else model, task, process)
         if process.rank == 0:
-            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            print(*notes, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), sep="\n")
         return
-    trainer = Trainer(model, start.optimizers(model, config), task, config, process, start.state)
+    optimizers = start.optimizers(model, config, process)
+    trainer = Trainer(model, optimizers, task, config, process, start.state)
     process.total(0)  # wait until all processes have read the files that opening the folder may move
     with RunFolder(run, start, task.tokenizer, config, active=process.rank == 0) as folder:
         for line in [
-            *folder.notes, *about,
-            f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}",
+            *folder.notes, *notes, *about,
+            f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}"
+            + (", compiled" if compiles else ""),
             f"{config.max_iters:,} steps: {config.max_iters / task.steps_per_pass:,.1f} passes over the training data, "
             f"{task.steps_per_pass:,.1f} steps each",
         ]:  # fmt: skip

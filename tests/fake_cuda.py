@@ -101,8 +101,6 @@ class EmulatedGPU(TorchFunctionMode):
         touched = any(isinstance(x, OnGPU) for x in tensors)
         if function in (T.to, T.cuda, T.cpu):
             return self.move(function, *args, **kwargs)
-        if function is T.pin_memory:
-            return args[0].clone().as_subclass(Pinned)
         if not touched and "device" not in kwargs:
             return raw(function, *args, **kwargs)
         if name == "__get__":
@@ -292,6 +290,7 @@ def emulated(kind: Literal["cuda", "mps"] = "cuda", count: int = 1) -> Iterator[
             patch.setattr(torch.cuda, name, value)
         # torch.cuda.set_device itself stays: it refuses a device without an index
         patch.setattr(torch._C, "_cuda_setDevice", lambda index: setattr(gpu, "current", index), raising=False)
+        patch.setattr(T, "pin_memory", lambda x: raw(T.clone, x).as_subclass(Pinned))  # in other threads too
         patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
         patch.setattr(torch.mps, "manual_seed", gpu.seed)
         patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # TF32 is not emulated

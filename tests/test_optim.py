@@ -193,6 +193,8 @@ PROCESSES = """
 import os, sys, torch
 import torch.distributed as dist
 from model import GPT, GPTConfig
+from tasks.task import Task
+from train import Trainer
 from training.config import TrainConfig
 from training.device import Process
 from training.optim import make_optimizers
@@ -217,6 +219,20 @@ def trained(process):
         adamw.step()
     return sum(done) // 3, [weight.detach() for weight in model.parameters()]
 
+def check_buckets(process):
+    def batch(step, rows):
+        idx = torch.arange(3 * 17).view(3, 17)[rows]
+        return {"idx": idx[:, :-1], "targets": idx[:, 1:]}
+
+    model, n = build(), process.world_size
+    config = TrainConfig(batch_size=1, gradient_accumulation_steps=n, max_iters=1, compile=False)
+    trainer = Trainer(model, [], Task(batch, None, 1.0, 16 * n, 1.0, True, None, None), config, process)
+    trainer.forward_backward(0, *trainer.next_batches(0))
+    trainer.close()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    buckets = {weight.grad.untyped_storage().data_ptr() for weight in weights}
+    assert len(buckets) < len(weights) / 4, (len(buckets), len(weights))
+
 torch.set_num_threads(1)
 total, expected = trained(None)
 for world in 2, 3:
@@ -233,6 +249,7 @@ for world in 2, 3:
             assert sum(counts) == total == 12 and 0 < min(counts) <= max(counts) < total, counts
             difference = max((a - b).abs().max().item() for a, b in zip(weights, expected))
             assert difference < 1e-10, difference
+            check_buckets(process)
             dist.barrier()
             os._exit(7)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7] * world
@@ -240,7 +257,7 @@ for world in 2, 3:
 
 
 def test_2_and_3_processes_share_the_matrices_out_and_end_with_the_weights_of_one(tmp_path):
-    """Each matrix is orthogonalised by one of them."""
+    """Each matrix is orthogonalised by one of them; and their gradients are views of the buckets they exchange."""
     command = [sys.executable, "-c", PROCESSES, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr

@@ -18,6 +18,7 @@ from model import GPTConfig
 from runs import checkpoint
 from runs.run import Run
 from tasks.sft import FinetuneConfig
+from tests.test_checkpoint import full_disk
 from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,25 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(command, monke
     with pytest.raises(ValueError, match="step 7: loss nan.*last good checkpoint is .*step_00000004.*learning_rate"):
         command("a", "--log_interval=100")
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "a")] == ["step_00000004"]
+
+
+@pytest.mark.parametrize("ends_by", ["the next save", "the last step", "a signal", "a loss that is not finite"])
+def test_a_disk_that_is_full_when_a_thread_writes_ends_the_run_with_one_error(command, monkeypatch, tmp_path, ends_by):
+    next_batches, message = train.Trainer.next_batches, "cannot write .*step_00000004: .*make room"
+
+    def ending(trainer, step):
+        if step == 5 and ends_by == "a signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == 5 and ends_by == "a loss that is not finite":
+            trainer.model.norm.weight.data[0] = float("nan")
+        return next_batches(trainer, step)
+
+    monkeypatch.setattr(train.Trainer, "next_batches", ending)
+    if ends_by == "a loss that is not finite":
+        message = f"step 6: loss nan.*{message}.*nothing was saved yet"
+    with full_disk(20_000), pytest.raises(ValueError, match=message):
+        command("a", "--max_iters=4" if ends_by == "the last step" else "--max_iters=12")
+    assert not list((tmp_path / "a" / "checkpoints").iterdir())
 
 
 def test_starting_from_another_run_takes_its_best_weights_and_shape(command):

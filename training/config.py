@@ -34,7 +34,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, where it saves more time than it takes
     wandb_log: bool = False  # log to Weights & Biases as well
     wandb_project: str = "plaingpt"  # its project
     wandb_run_name: str = ""  # its name there; empty = out_dir's
