@@ -13,7 +13,6 @@ from common import cli  # first: it makes Ctrl-C one line even while the modules
 
 # isort: split
 
-import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,14 +21,14 @@ from common.config import help_text, read_arguments
 from model import GPTConfig
 from runs.run import SCRATCH, Run, unseen_tokens
 from runs.start import RESUME, Start, decide
-from tasks.sft import Conversations, FinetuneConfig, conversation_task, load_conversations
-from tasks.task import Task
+from tasks.plan import PlanOptions, plan_finetuning, take_options
+from tasks.sft import Conversations, FinetuneConfig, conversation_task, load_conversations, set_length
 from text.chat import Template
 from train import OUT_OF_MEMORY, say_finished, train_or_evaluate
 from training.config import TrainConfig
 from training.device import start_process, stop_process
 from training.lora import LoraConfig
-from training.memory import check_memory
+from training.plan import Job, check_memory
 
 CONFIGS = Path(__file__).parent / "config"
 DEMO, OWN_DATA = str(CONFIGS / "sft_pydocs.py"), str(CONFIGS / "sft.py")
@@ -82,14 +81,6 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
     return start, config, sft, model_config
 
 
-def set_length(config: TrainConfig, sft: FinetuneConfig, task: Task) -> None:
-    """Turn num_epochs, if it is set, into max_iters, and evaluate (and sample, if asked for) after each pass."""
-    if sft.num_epochs:
-        config.max_iters = max(1, math.ceil(sft.num_epochs * task.steps_per_pass))
-        config.eval_interval = max(1, math.ceil(task.steps_per_pass))
-        config.sample_interval = config.eval_interval if config.sample_interval else 0
-
-
 def new_run(start: Start, config: TrainConfig, sft: FinetuneConfig, model_config: GPTConfig, template: Template) -> Run:
     """Return the run to record in config.json."""
     lora, base_checkpoint = None, start.checkpoint.name
@@ -111,9 +102,12 @@ def about(data: Conversations, config: TrainConfig, trained: int, source: Path) 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         defaults = DEFAULTS | {"learning_rate": LEARNING_RATE}
-        print(help_text(USAGE, TrainConfig, FinetuneConfig, GPTConfig, defaults=defaults))
+        print(help_text(USAGE, TrainConfig, FinetuneConfig, GPTConfig, PlanOptions, defaults=defaults))
         return
-    start, config, sft, model_config = configure(sys.argv[1:])
+    options, argv = take_options(sys.argv[1:])
+    start, config, sft, model_config = configure(argv)
+    if options.plan:
+        return print(plan_finetuning(start, config, sft, model_config, options))
     template = Template((start.resumes or start.source).tokenizer)
     data = load_conversations(config.dataset, template, model_config.block_size)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
@@ -122,12 +116,12 @@ def main() -> None:
         set_length(config, sft, task)
         if start.is_finished(config) and not config.eval_only:
             return say_finished(start, config, process)
-        check_memory(model_config, process.device, 1 if sft.lora_rank else 3, "fine-tuning")
         run = new_run(start, config, sft, model_config, template)
+        warnings = check_memory(Job.on(process, model_config, config, run.lora), process.device, "fine-tuning")
         model = start.model_to_fine_tune(run, template.tokenizer, config.seed)
         run = replace(run, model_config=model.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        lines = about(data, config, trained, start.source.folder)
+        lines = warnings + about(data, config, trained, start.source.folder)
         train_or_evaluate(run, start, model, task, config, process, lines)
     finally:
         stop_process(process)

@@ -33,6 +33,7 @@ from model import GPT, IGNORE, GPTConfig
 from runs.checkpoint import list_checkpoints
 from runs.run import Run
 from runs.start import RunFolder, Start, decide
+from tasks.plan import PlanOptions, plan_pretraining, take_options
 from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
 from training.compiling import compiled, decide_to_compile
@@ -48,8 +49,8 @@ from training.device import (
     stop_process,
 )
 from training.interrupt import interruptible
-from training.memory import check_memory
 from training.optim import learning_rate_at
+from training.plan import Job, check_memory
 from training.prefetch import Prefetcher, pin, to_device
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
@@ -336,21 +337,24 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, GPTConfig]:
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(USAGE, TrainConfig, GPTConfig))
+        print(help_text(USAGE, TrainConfig, GPTConfig, PlanOptions))
         return
-    start, config, model_config = configure(sys.argv[1:])
+    options, argv = take_options(sys.argv[1:])
+    start, config, model_config = configure(argv)
+    if options.plan:
+        return print(plan_pretraining(start, config, model_config, options))
     corpus = open_corpus(config.dataset)
     tokenizer = choose_tokenizer(corpus, start.resumes or start.source, model_config)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
     try:
         if start.is_finished(config) and not config.eval_only:
             return say_finished(start, config, process)
-        check_memory(model_config, process.device, 3 if config.optimizer == "muon" else 4, "training")
+        warnings = check_memory(Job.on(process, model_config, config), process.device, "training")
         task = pretraining_task(corpus, tokenizer, config, model_config)
         model = start.model(model_config, config.seed)
         fine_tuned = start.source is not None and start.source.fine_tuned
         run = Run(Path(config.out_dir), model.config, asdict(config), "pretrain", fine_tuned)
-        train_or_evaluate(run, start, model, task, config, process, [summary(corpus)])
+        train_or_evaluate(run, start, model, task, config, process, [*warnings, summary(corpus)])
     finally:
         stop_process(process)
 

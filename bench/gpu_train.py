@@ -34,7 +34,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from tasks.task import Task  # noqa: E402
 from train import Trainer  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
-from training.device import DTYPES, Process, autocast, cpu_flops, peak_flops, start_process  # noqa: E402
+from training.device import DTYPES, Process, autocast, cpu_flops, flops_per_token, peak_flops, start_process  # noqa: E402
 from training.optim import make_optimizers  # noqa: E402
 
 
@@ -101,7 +101,7 @@ def our_engine(arguments: tuple[str, ...], shape: Shape, device: str, compiled: 
         trainer.update_weights(i, trainer.clip_gradients())
         return loss
 
-    return Engine(step, model.num_params(), model.flops_per_token(), trainer.close)
+    return Engine(step, model.num_params(), flops_per_token(model), trainer.close)
 
 
 def nanogpt_engine(clone: str, shape: Shape, device: str, compiled: bool) -> Engine:

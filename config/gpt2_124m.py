@@ -2,6 +2,27 @@
 
 python data/fineweb_edu/prepare.py
 torchrun --nproc_per_node=8 train.py config/gpt2_124m.py
+
+It has not been trained to its end yet. This is what is known before, from python train.py config/gpt2_124m.py --plan:
+
+    model            123,588,864 weights: 12 layers, 768 wide, context 1,024, vocabulary 50,304
+    step             524,288 tokens: batch_size 32 in 16 micro-steps, over all processes
+    run              19,073 steps, 9,999,745,024 tokens
+    compute          8.55e+18 FLOPs
+    checkpoint       1.06 GiB; a run keeps up to 3
+
+    memory of one process in bfloat16, with float32 weights; not all parts are there at once:
+      weights            0.46 GiB  in float32
+      gradients          0.46 GiB
+      optimizer state    0.60 GiB  muon
+      activations       20.56 GiB  of 32 x 1,024 tokens
+      logits            18.45 GiB  output head and cross-entropy
+      peak              40.53 GiB  in the backward pass
+
+    time at 40% MFU without evaluations, and the largest batch_size that fits:
+      GPU         memory  batch_size   GPU-hours  hours on 8
+      H100         80 GB          56         6.0         0.8
+      A100         80 GB          56        19.0         2.4
 """
 
 out_dir = "out/gpt2_124m"

@@ -20,7 +20,7 @@ from text.chat import TOKENS
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.lora import LoraConfig, add_lora, merge_lora
-from training.memory import count_weights
+from training.plan import count_weights
 
 CONFIG = "config.json"
 FORMAT = {"format": "plaingpt-run", "version": 1}

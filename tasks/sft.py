@@ -1,5 +1,6 @@
 """Supervised fine-tuning (SFT): the next-token loss on the assistants' tokens only."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,6 +83,14 @@ def conversation_task(data: Conversations, config: TrainConfig, sft: FinetuneCon
         tokenizer=data.template.tokenizer,
         preview=lambda model: preview_answers(model, data.questions, data.template, sft),
     )
+
+
+def set_length(config: TrainConfig, sft: FinetuneConfig, task: Task) -> None:
+    """Where num_epochs is asked for: as many steps as these passes need, with an evaluation after each pass."""
+    if sft.num_epochs:
+        config.max_iters = max(1, math.ceil(sft.num_epochs * task.steps_per_pass))
+        config.eval_interval = max(1, math.ceil(task.steps_per_pass))
+        config.sample_interval = config.eval_interval if config.sample_interval else 0
 
 
 def preview_answers(model: GPT, questions: list[list[Message]], template: Template, sft: FinetuneConfig) -> str:

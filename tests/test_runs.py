@@ -17,7 +17,7 @@ from tests.test_finetune import WORDS
 from text.corpus import write_corpus
 from text.tokenizer import CharTokenizer
 from training.config import TrainConfig
-from training.memory import count_weights
+from training.plan import count_weights
 
 SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--mlp_dim=32", "--block_size=48", "--device=cpu"]
 SHORT = ["--batch_size=8", "--max_iters=8", "--eval_interval=4", "--log_interval=1", "--learning_rate=0.01"]

@@ -1,0 +1,341 @@
+"""What a training run takes, told before anything is allocated: its weights, its memory by part, the largest batch.
+
+Memory is counted, not estimated by a formula: a training step of this very model, with its optimizers, runs on fake
+tensors, which have shapes, types and lifetimes and no numbers, while `Live` adds up the storages that are alive. So the
+count follows the model when it changes. It leaves out the program itself, what kernels take inside, and the gaps of the
+allocator (see MARGIN). torch.compile needs less than is counted here, since it fuses operations.
+"""
+
+import math
+import os
+import re
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, GPTConfig
+from training.config import TrainConfig
+from training.device import Process, autocast
+from training.lora import LoraConfig, add_lora
+from training.optim import make_optimizers
+
+ABSURD = 1 << 24  # no width of a real model reaches this
+DEPTHS = (1, 2)  # blocks are alike: from models of so many of them follows what deeper ones take
+LOGITS = 1 << 27  # at most so many of them are there at once
+MARGIN = 0.05  # share of a device's memory that is left to CUDA, its libraries and the allocator's gaps
+HEAP = 1.2  # on a CPU: what the C library's heap holds, by what is alive; glibc was measured at 1.15 to 1.27
+# Memory of the GPUs of training/device.py in GB, from the vendor's data sheets
+GPU_MEMORY = {
+    "B200": 180, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L40": 48, "L4": 24, "RTX 4090": 24, "RTX 3090": 24,
+}  # fmt: skip
+UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
+SMALLER = "choose a smaller n_layer, n_embd, vocab_size or block_size"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is
+
+
+def count_weights(config: GPTConfig) -> int | float:
+    """Number of weights of such a model, tied ones counted once; infinity where a size is absurd.
+
+    Every block has the same number, so two models of one and two blocks tell the rest; they are built on PyTorch's
+    meta device, which knows shapes and allocates nothing.
+    """
+    widths = (config.n_head, config.n_embd, config.head_dim, config.mlp_dim, config.vocab_size, config.block_size)
+    if max(widths) > ABSURD:
+        return math.inf
+    with torch.device("meta"):
+        one, two = (GPT(replace(config, n_layer=n)).num_params() for n in (1, 2))
+    return one + (config.n_layer - 1) * (two - one)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes of memory of the device: a GPU's own, or the machine's (a container's limit, if it has one)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+    limit = Path("/sys/fs/cgroup/memory.max")
+    stated = limit.read_text().strip() if limit.is_file() else ""
+    return min(machine, int(stated)) if stated.isdecimal() else machine
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of a size such as 24GB, 24GiB or 24000MB. ValueError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([MGT]i?B)", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"memory must be a size such as 24GB, 24GiB or 24000MB, not {text!r}")
+    return float(found[1]) * UNITS[found[2].upper()]
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of its numbers."""
+    return tensor.numel() * tensor.element_size()
+
+
+def gib(size: float) -> str:
+    """A number of bytes, for people."""
+    return f"{size / 2**30:,.2f} GiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting the memory of a step
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process trains: a model, with LoRA's corrections if it has some, on micro-batches of whole rows.
+
+    dtype: the precision of autocast; weights, gradients and the optimizer's state are float32. gpu: whether attention
+    runs in CUDA's kernels, which keep no (T, T) matrix for dropout.
+    """
+
+    model: GPTConfig
+    config: TrainConfig
+    dtype: str
+    gpu: bool
+    lora: LoraConfig | None = None
+
+    @classmethod
+    def on(cls, process: Process, model: GPTConfig, config: TrainConfig, lora: LoraConfig | None = None) -> "Job":
+        """What this process is to do."""
+        return cls(model, config, process.dtype, process.device.type == "cuda", lora)
+
+    def with_batch(self, batch_size: int) -> "Job":
+        return replace(self, config=replace(self.config, batch_size=batch_size))
+
+    def build(self, n_layer: int) -> GPT:
+        """The model with so many blocks, ready to train, on the device of the context."""
+        config = replace(self.model, n_layer=n_layer)
+        if self.gpu and config.attention == "flash" and config.position == "alibi" and not config.dropout:
+            config = replace(config, position="none")  # the compiled kernel makes ALiBi's numbers as it needs them
+        model = GPT(config)
+        if self.lora:
+            add_lora(model, self.lora)
+        if self.gpu and config.attention == "flash":
+            for block in model.blocks:
+                block.attention.config = replace(config, dropout=0.0)
+        return model
+
+
+class Held(NamedTuple):
+    """Bytes that one process holds, whatever its batch."""
+
+    weights: float  # and the tables of positions
+    gradients: float
+    optimizer: float  # its state
+    saved: float  # a checkpoint: the weights that train, and the optimizer's state
+    update: float  # the most that is alive while gradients are clipped and the optimizers step
+
+
+class Memory(NamedTuple):
+    """Bytes that one process needs; each part at its largest.
+
+    The parts need not be there at once: gradients come while activations go, unless earlier micro-steps left some.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    saved: float
+    update: float  # these five as in Held
+    activations: float  # kept by the forward pass through the blocks for the backward pass
+    logits: float  # output head and cross-entropy
+    passes: float  # the most that is alive in the forward and backward pass, all of the above included
+
+    @property
+    def peak(self) -> float:
+        return max(self.passes, self.update)
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations make and that are still alive: now, and at the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}  # a storage's address → its bytes
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return made
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address not in self.sizes:
+            self.sizes[address] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, address).atexit = False
+
+    def remove(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)
+
+
+def by_depth(measure: Callable[[int], tuple[float, ...]], n_layer: int) -> tuple[float, ...]:
+    """measure(n_layer), for what is linear in the number of blocks: they are alike, and a deep model takes long."""
+    if n_layer <= DEPTHS[1]:
+        return measure(n_layer)
+    few, more = map(measure, DEPTHS)
+    return tuple(a + (b - a) * (n_layer - DEPTHS[0]) for a, b in zip(few, more, strict=True))
+
+
+def count_memory(job: Job, held: Held | None = None) -> Memory:
+    """The memory of a step of this job. held: what `count_held` found, if that is known: no batch changes it."""
+    held = held or count_held(job)
+    activations, logits, passes = by_depth(lambda n: count_passes(job, n), job.model.n_layer)
+    counted = {"activations": activations, "logits": logits, "passes": held.optimizer + passes}
+    return Memory(**held._asdict(), **counted)
+
+
+def count_held(job: Job) -> Held:
+    """Count what there is between steps, and the most while the optimizers step."""
+
+    def measure(n_layer: int) -> Held:
+        with FakeTensorMode(), Live() as live:
+            model = job.build(n_layer)
+            optimizers = make_optimizers(model, replace(job.config, compile=False))
+            weights = live.now
+            trained = [p for p in model.parameters() if p.requires_grad]
+            for p in trained:
+                p.grad = torch.empty_like(p)
+            gradients, live.peak = live.now - weights, live.now
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()  # makes its state
+            state = live.now - weights - gradients
+            return Held(weights, gradients, state, sum(map(size_of, trained)) + state, live.peak)
+
+    return Held(*by_depth(measure, job.model.n_layer))
+
+
+def count_passes(job: Job, n_layer: int) -> tuple[float, float, float]:
+    """Run forward and backward pass on fake tensors: returns bytes of activations, of logits, and the most in all.
+
+    The weights are included, and the gradients of earlier micro-steps if there are any; the optimizer's state is not.
+    """
+    with FakeTensorMode(), Live() as live:
+        model = job.build(n_layer)
+        for p in model.parameters():
+            if p.requires_grad and job.config.gradient_accumulation_steps > 1:
+                p.grad = torch.empty_like(p)
+        base, marks = live.now, watch_head(model, live)
+        idx = torch.zeros(job.config.batch_size, job.model.block_size, dtype=torch.long)
+        live.peak = live.now
+        with autocast(torch.device("cpu"), job.dtype):  # fake tensors of a GPU would need a PyTorch with CUDA
+            _, loss = model(idx=idx, targets=idx, target_count=1)
+        loss.backward()
+        return marks["kept"] - base, marks["head"] - marks["kept"], max(live.peak, marks["before"], marks["head"])
+
+
+def watch_head(model: GPT, live: Live) -> dict[str, int]:
+    """Have the model note what is alive around its output head.
+
+    Returns a dict that a forward and a backward pass fill: "kept", what is alive when the head begins; "before", the
+    most until then; "head", the most until the head's backward pass has ended.
+    """
+    marks: dict[str, int] = {}
+
+    def begin(_module: Any, _inputs: Any, normed: Tensor) -> None:
+        marks["before"], marks["kept"] = live.peak, live.now
+        live.peak = live.now
+        normed.register_hook(end)
+
+    def end(_gradient: Tensor) -> None:
+        marks["head"] = live.peak
+        live.peak = live.now
+
+    model.norm.register_forward_hook(begin)
+    return marks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fits
+
+
+def need(memory: Memory, gpu: bool) -> float:
+    """Bytes of the device's memory that a process asks for, with the allocator's gaps and, on a CPU, a saved copy.
+
+    PyTorch keeps what a GPU's tensors free, for the next ones of such a size. On a CPU the C library does, less well.
+    While a checkpoint is being written, a copy of it is in the host's memory.
+    """
+    return memory.peak / (1 - MARGIN) if gpu else memory.peak * HEAP + memory.saved
+
+
+def largest_batch(job: Job, rooms: list[float]) -> list[int]:
+    """For each number of bytes, the largest batch_size that fits; 0 if none does.
+
+    The need is counted for 1, 2, 4, 8… rows, until it is more than the largest room, or until each further row takes as
+    much as the one before and there are several chunks of logits. It is taken to be a straight line between and beyond.
+    """
+    config, held, needs = job.model, count_held(job), []
+    slopes = [math.nan]  # of the line from the size before to each one
+    while needs[-1:] <= [max(rooms)]:
+        size = 2 ** len(needs)
+        needs.append(need(count_memory(job.with_batch(size), held._replace(update=0.0)), job.gpu))
+        if size > 1:
+            slopes.append((needs[-1] - needs[-2]) / (size // 2))
+        several = size * config.block_size * config.vocab_size > 2 * LOGITS
+        if several and math.isclose(slopes[-1], slopes[-2], rel_tol=1e-3):
+            break
+
+    def within(room: float) -> int:
+        at = bisect_right(needs, room)  # the first that needs more
+        if not at or need(count_memory(job.with_batch(1), held), job.gpu) > room:
+            return 0
+        return 2 ** (at - 1) + int((room - needs[at - 1]) / slopes[min(at, len(slopes) - 1)])
+
+    return [within(room) for room in rooms]
+
+
+def check_memory(job: Job, device: torch.device, purpose: str) -> list[str]:
+    """Refuse what cannot fit into the device's memory, and return a warning for what probably does not.
+
+    Raises ValueError if the weights, their gradients and the optimizer's state alone are more than the device has.
+    """
+    room, weights = available_memory(device), count_weights(job.model)
+    copies = 1 if job.lora else 3 if job.config.optimizer == "muon" else 4
+    if 4 * copies * weights > room:
+        counted = f"{weights:,}" if weights < math.inf else "an absurd number of"
+        raise ValueError(
+            f"this model has {counted} weights: {purpose} takes at least {4 * copies * weights / 2**30:,.0f} GiB, and "
+            f"{device.type} has {room / 2**30:,.0f} GiB: {SMALLER}"
+        )
+    if at_most(job, weights) < room or need(memory := count_memory(job), job.gpu) < room:
+        return []
+    return [
+        f"warning: a step of {purpose} with batch_size={job.config.batch_size} needs about "
+        f"{gib(need(memory, job.gpu))}, and {device.type} has {gib(room)}: it will probably run out of memory; "
+        "see --plan --memory, lower batch_size and raise gradient_accumulation_steps"
+    ]
+
+
+def at_most(job: Job, weights: float) -> float:
+    """More than a step of this job needs, told at once: small runs need no count, which takes a second or so.
+
+    Per token, in float32: of each block the residual stream, queries, keys, values and the MLP's hidden layer, as often
+    as operations may keep them and their gradients; the logits several times; of the scores, all that is written out.
+    """
+    config = job.model
+    heads = config.n_head * config.head_dim
+    block = 24 * config.n_embd + 48 * heads + 16 * config.mlp_dim
+    if job.lora:
+        block += 32 * job.lora.rank
+    if config.attention == "math" or config.dropout or config.position == "alibi":
+        block += 8 * config.n_head * config.block_size
+    token = 4 * (config.n_layer * block + 16 * config.n_embd + 8 * config.vocab_size)
+    return HEAP * (40 * weights + token * job.config.batch_size * config.block_size) + 2**28
