@@ -11,18 +11,18 @@ It has not been trained to its end yet. This is what is known before, from pytho
     compute          8.55e+18 FLOPs
     checkpoint       1.06 GiB; a run keeps up to 3
 
-    memory of one process in bfloat16, with float32 weights; not all parts are there at once:
+    memory of one process in bfloat16, with float32 weights, not compiled; not all parts are there at once:
       weights            0.46 GiB  in float32
       gradients          0.46 GiB
       optimizer state    0.60 GiB  muon
-      activations       20.56 GiB  of 32 x 1,024 tokens
-      logits            18.45 GiB  output head and cross-entropy
-      peak              40.53 GiB  in the backward pass
+      activations       16.00 GiB  of 32 x 1,024 tokens
+      logits             1.97 GiB  output head and cross-entropy
+      peak              19.49 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8
-      H100         80 GB          56         6.0         0.8
-      A100         80 GB          56        19.0         2.4
+      H100         80 GB         135         6.0         0.8
+      A100         80 GB         135        19.0         2.4
 """
 
 out_dir = "out/gpt2_124m"

@@ -12,19 +12,19 @@ is what is known before, from python train.py config/llama_1b.py --plan:
     compute          7.26e+19 FLOPs
     checkpoint       8.40 GiB; a run keeps up to 3
 
-    memory of one process in bfloat16, with float32 weights; not all parts are there at once:
+    memory of one process in bfloat16, with float32 weights, not compiled; not all parts are there at once:
       weights            4.01 GiB  in float32
       gradients          4.01 GiB
       optimizer state    4.39 GiB  muon
-      activations       33.22 GiB  of 8 x 2,048 tokens
-      logits             9.34 GiB  output head and cross-entropy
-      peak              54.97 GiB  in the backward pass
+      activations       29.10 GiB  of 8 x 2,048 tokens
+      logits             2.33 GiB  output head and cross-entropy
+      peak              43.84 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8
-      B200        180 GB          28        22.4         2.8
-      H100         80 GB          11        51.0         6.4
-      A100         80 GB          11       161.6        20.2
+      B200        180 GB          41        22.4         2.8
+      H100         80 GB          15        51.0         6.4
+      A100         80 GB          15       161.6        20.2
 """
 
 out_dir = "out/llama_1b"

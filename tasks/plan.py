@@ -201,7 +201,7 @@ def memory_lines(job: Job, memory: Memory) -> list[str]:
     ]
     if not job.gpu:
         parts.append(("process", need(memory, False), f"with {HEAP - 1:.0%} for the heap and a checkpoint's copy"))
-    return [f"memory of one process in {precision}; not all parts are there at once:"] + [
+    return [f"memory of one process in {precision}, not compiled; not all parts are there at once:"] + [
         f"  {name:<15}{gib(size):>12}  {note}".rstrip() for name, size, note in parts
     ]
 

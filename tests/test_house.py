@@ -17,7 +17,7 @@ ROOMS = {
     "text.base": {"common", "text.base"},
     "bpe": {"common", "text.base"},
     "text": {"common", "text.base", "bpe", "text"},
-    "training": {"common", "model", "training"},
+    "training": {"common", "fused", "model", "training"},
     "decoding": {"common", "model", "text", "decoding"},
     "formats": {"common", "model", "text.base", "bpe", "text", "formats"},
     "runs": {"common", "model", "text", "training", "formats", "runs"},

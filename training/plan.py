@@ -3,7 +3,7 @@
 Memory is counted, not estimated by a formula: a training step of this very model, with its optimizers, runs on fake
 tensors, which have shapes, types and lifetimes and no numbers, while `Live` adds up the storages that are alive. So the
 count follows the model when it changes. It leaves out the program itself, what kernels take inside, and the gaps of the
-allocator (see MARGIN). torch.compile needs less than is counted here, since it fuses operations.
+allocator (see MARGIN). A compiled network needs less than is counted here: it keeps little that is cheap to compute.
 """
 
 import math
@@ -11,7 +11,8 @@ import os
 import re
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused
 from model import GPT, GPTConfig
 from training.config import TrainConfig
 from training.device import Process, autocast
@@ -29,7 +33,6 @@ from training.optim import make_optimizers
 
 ABSURD = 1 << 24  # no width of a real model reaches this
 DEPTHS = (1, 2)  # blocks are alike: from models of so many of them follows what deeper ones take
-LOGITS = 1 << 27  # at most so many of them are there at once
 MARGIN = 0.05  # share of a device's memory that is left to CUDA, its libraries and the allocator's gaps
 HEAP = 1.2  # on a CPU: what the C library's heap holds, by what is alive; glibc was measured at 1.15 to 1.27
 # Memory of the GPUs of training/device.py in GB, from the vendor's data sheets
@@ -162,7 +165,7 @@ class Memory(NamedTuple):
 class Live(TorchDispatchMode):
     """Adds up the bytes of the storages that operations make and that are still alive: now, and at the peak."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}  # a storage's address → its bytes
         self.now = self.peak = 0
@@ -228,7 +231,7 @@ def count_passes(job: Job, n_layer: int) -> tuple[float, float, float]:
 
     The weights are included, and the gradients of earlier micro-steps if there are any; the optimizer's state is not.
     """
-    with FakeTensorMode(), Live() as live:
+    with FakeTensorMode(), kernels_of(job), Live() as live:
         model = job.build(n_layer)
         for p in model.parameters():
             if p.requires_grad and job.config.gradient_accumulation_steps > 1:
@@ -240,6 +243,31 @@ def count_passes(job: Job, n_layer: int) -> tuple[float, float, float]:
             _, loss = model(idx=idx, targets=idx, target_count=1)
         loss.backward()
         return marks["kept"] - base, marks["head"] - marks["kept"], max(live.peak, marks["before"], marks["head"])
+
+
+class FusedNorms(TorchFunctionMode):
+    """Counts RMSNorm as LayerNorm, which keeps its input and two numbers a row, as RMSNorm's kernel on a GPU does.
+
+    A CPU composes RMSNorm of several operations, and keeps what is between them.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (F.layer_norm if func is F.rms_norm else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kernels_of(job: Job) -> Iterator[None]:
+    """Have fake tensors, which are a CPU's, take what they take on the job's device."""
+    if not job.gpu:
+        yield
+        return
+    usual = fused.LOGITS_AT_ONCE["cpu"]
+    fused.LOGITS_AT_ONCE["cpu"] = fused.LOGITS_AT_ONCE["cuda"]
+    try:
+        with FusedNorms():
+            yield
+    finally:
+        fused.LOGITS_AT_ONCE["cpu"] = usual
 
 
 def watch_head(model: GPT, live: Live) -> dict[str, int]:
@@ -289,7 +317,7 @@ def largest_batch(job: Job, rooms: list[float]) -> list[int]:
         needs.append(need(count_memory(job.with_batch(size), held._replace(update=0.0)), job.gpu))
         if size > 1:
             slopes.append((needs[-1] - needs[-2]) / (size // 2))
-        several = size * config.block_size * config.vocab_size > 2 * LOGITS
+        several = size * config.block_size * config.vocab_size > 2 * fused.LOGITS_AT_ONCE["cuda"]
         if several and math.isclose(slopes[-1], slopes[-2], rel_tol=1e-3):
             break
 
