@@ -293,7 +293,7 @@ def train_or_evaluate(
     """Evaluate only, if the config says so; else train in the run's folder, beginning with the lines about the run."""
     model.to(process.device)
     done = start.state["step"] if start.state and not config.eval_only else 0
-    flops = (config.max_iters - done) * task.tokens_per_step * model.flops_per_token()
+    flops = (config.max_iters - done) * task.tokens_per_step * flops_per_token(model)
     compiles, notes = decide_to_compile(config, process, flops)
     config = replace(config, compile=compiles)
     if config.eval_only:  # by the network that training would use
