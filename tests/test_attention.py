@@ -295,7 +295,7 @@ def test_what_a_cache_cannot_expect_is_refused(tiny_gpt):
     cache, positions, visible = KVCache(tiny_gpt().config, 1, 8), torch.zeros(1, 1), torch.ones(1, 1, 1)
     for wrong in ({"positions": positions}, {"visible": visible},
                   {"lengths": [1], "positions": positions, "visible": visible}):  # fmt: skip
-        with pytest.raises(ValueError, match="of lengths, or of positions and visible together"):
+        with pytest.raises(ValueError, match="give lengths, or positions and visible together"):
             cache.expect(**wrong)
 
 
