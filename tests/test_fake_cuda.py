@@ -20,7 +20,8 @@ DEVICES = ["auto", "cuda", "cuda:0"]
 TRAIN = ["--max_iters=6", "--eval_interval=3", "--eval_iters=2", "--batch_size=4", "--dropout=0.1", "--compile=False",
          "--optimizer=adamw"]  # fmt: skip
 PREVIEW = ["--sample_interval=6", "--dtype=float32"]
-TUNE = [*TRAIN, *PREVIEW, "--learning_rate=0.01", "--eval_questions=3", "--eval_tokens=5"]
+# Without dropout: packed rows attend document by document on a CPU only, which draws other numbers.
+TUNE = [*TRAIN, *PREVIEW, "--dropout=0", "--learning_rate=0.01", "--eval_questions=3", "--eval_tokens=5"]
 
 
 @pytest.fixture
@@ -256,7 +257,9 @@ def test_a_step_of_fine_tuning_never_waits_for_the_gpu(pretrain, tune, steps, mo
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--packing=False"], ["--lora_rank=2"], ["--lora_rank=2", "--dtype=bfloat16"]], ids=" ".join
+    "more",  # in bfloat16 the two forms of attention round differently: there both write the softmax out
+    [[], ["--packing=False"], ["--lora_rank=2"], ["--lora_rank=2", "--dtype=bfloat16", "--attention=math"]],
+    ids=" ".join,
 )
 def test_fine_tuning_gives_the_cpus_losses_and_answers(pretrain, tune, compared, more):  # noqa: F811
     pretrain("base")
