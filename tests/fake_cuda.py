@@ -295,8 +295,8 @@ def emulated(kind: Literal["cuda", "mps"] = "cuda", count: int = 1) -> Iterator[
         patch.setattr(torch.mps, "manual_seed", gpu.seed)
         patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # TF32 is not emulated
         patch.setattr(torch, "autocast", lambda _, dtype=None, real=torch.autocast, **more: real("cpu", dtype, **more))
-        for name in ("is_autocast_enabled", "get_autocast_dtype"):
-            patch.setattr(torch, name, lambda _, real=getattr(torch, name): real("cpu"))
+        patch.setattr(torch, "is_autocast_enabled", lambda _, real=torch.is_autocast_enabled: real("cpu"))
+        patch.setattr(torch, "get_autocast_dtype", lambda _, real=torch.get_autocast_dtype: real("cpu"))
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", gpu.group)
         patch.setattr(torch.nn.Module, "_apply", lambda *args, **options: gpu.module_apply(*args, **options))
         # Streams are kept for the life of the process: those of the emulated GPU must not reach a real one.
