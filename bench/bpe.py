@@ -24,18 +24,21 @@ GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\
 
 
 def learn_ours(documents: list[str], vocab_size: int) -> None:
+    """Learn a vocabulary with bpe.py."""
     import bpe
 
     bpe.train(documents, vocab_size, "gpt4", special_tokens=())
 
 
 def learn_rustbpe(documents: list[str], vocab_size: int) -> None:
+    """Learn a vocabulary with rustbpe."""
     import rustbpe
 
     rustbpe.Tokenizer().train_from_iterator(documents, vocab_size=vocab_size, pattern=GPT4)
 
 
 def learn_tokenizers(documents: list[str], vocab_size: int) -> None:
+    """Learn a vocabulary with Hugging Face's tokenizers."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

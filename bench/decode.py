@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
 
 
 def synchronize(device: str) -> None:
+    """Wait until a GPU has done its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -63,6 +64,7 @@ def bandwidth(device: str, numbers: int) -> float:
 
 
 def transformers_engine(model: torch.nn.Module, prompts: torch.Tensor, new: int, **options) -> Callable:
+    """Return a function that decodes `new` tokens after each prompt (B, PROMPT) by transformers' generate."""
     model.generation_config.eos_token_id = None  # nobody stops early
     options |= {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 

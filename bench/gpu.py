@@ -186,6 +186,7 @@ def verdict(ended: Ended) -> str:
 
 
 def last_line(ended: Ended) -> str:
+    """Return the last line that a part printed, of its errors if it printed some, or its exit status."""
     return ((ended.errors or ended.output).splitlines() or [f"exit status {ended.status}"])[-1]
 
 

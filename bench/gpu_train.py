@@ -148,10 +148,12 @@ def nanogpt_engine(clone: str, shape: Shape, device: str, compiled: bool) -> Eng
 
 
 def tokens_per_step(shape: Shape) -> int:
+    """Return the number of tokens of a step, over all its micro-steps."""
     return shape.batch_size * shape.gradient_accumulation_steps * shape.block_size
 
 
 def synchronize(process: Process) -> None:
+    """Wait until a GPU has done its work."""
     if process.device.type == "cuda":
         torch.cuda.synchronize()
 

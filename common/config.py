@@ -298,9 +298,11 @@ class Range:
     limits: tuple[tuple[str, Callable[[float, float], bool], float], ...]
 
     def at_most(self, high: float) -> "Range":
+        """The part of this range up to high, high included."""
         return Range((*self.limits, ("at most", operator.le, high)))
 
     def below(self, high: float) -> "Range":
+        """The part of this range up to high, high excluded."""
         return Range((*self.limits, ("below", operator.lt, high)))
 
     def __contains__(self, number: float) -> bool:
@@ -311,10 +313,12 @@ class Range:
 
 
 def at_least(low: float) -> Range:
+    """All numbers from low on, low included."""
     return Range((("at least", operator.ge, low),))
 
 
 def above(low: float) -> Range:
+    """All numbers from low on, low excluded."""
     return Range((("above", operator.gt, low),))
 
 

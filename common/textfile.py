@@ -85,6 +85,7 @@ def text_size(path: Path, name: str) -> int:
 
 
 def utf8_size(text: str) -> int:
+    """Return the text's size in bytes of UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 

@@ -43,10 +43,12 @@ class Examples:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens, the prompts' included."""
         return sum(len(example.tokens) for example in self.examples)
 
     @property
     def response_tokens(self) -> int:
+        """Number of the assistants' tokens."""
         return sum(int(example.mask.sum()) for example in self.examples)
 
     def summary(self) -> str:

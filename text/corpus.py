@@ -190,6 +190,7 @@ class Corpus:
         return tokenizer
 
     def num_tokens(self, split: str) -> int:
+        """Return the number of tokens of the split."""
         return self._counts(split)["tokens"]
 
     def num_bytes(self, split: str) -> int:

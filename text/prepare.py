@@ -92,6 +92,7 @@ def prepare(
 
 
 def check_val_fraction(val_fraction: float) -> None:
+    """Raise ValueError for a share that leaves one of the splits empty."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.01")
 

@@ -87,6 +87,7 @@ class HeadWithNewRows(Head):
         self.register_buffer("ids", ids, persistent=False)
 
     def rows(self) -> Tensor:
+        """The weight with its corrections, (V, C): a copy of all of it."""
         rows = self.weight.index_add(0, self.ids, self.lora_rows)
         return F.normalize(rows, dim=-1) if self.norm_rows else rows
 

@@ -116,6 +116,7 @@ class Job:
         return cls(model, config, process.dtype, process.device.type == "cuda", lora)
 
     def with_batch(self, batch_size: int) -> "Job":
+        """The same job with another number of rows in a micro-batch."""
         return replace(self, config=replace(self.config, batch_size=batch_size))
 
     def build(self, n_layer: int) -> GPT:
@@ -159,6 +160,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> float:
+        """The most that is alive at any moment of a step."""
         return max(self.passes, self.update)
 
 
