@@ -3,7 +3,7 @@
 Notable:
 - `linear_cross_entropy` computes output head and loss a few rows at a time: the logits (B·T, V) never exist;
 - `ByDocument` (on a CPU) and `Flex` (compiled, on CUDA) attend within the documents of packed rows, and `Flex` with
-  ALiBi, without a mask of (T, T) numbers: their memory is linear in T.
+  ALiBi or a sliding window, without a mask of (T, T) numbers: their memory is linear in T.
 
 Shapes: B batch, T time, C = n_embd, H heads, D = head_dim, V vocabulary; N = B·T rows.
 """
@@ -96,18 +96,20 @@ class ByDocument:
     """Attention of packed rows on a CPU: documents of similar lengths are cut out and attend side by side.
 
     documents: (B, T), the numbers of the documents that are packed into each row. Shorter documents of a group are
-    padded on the right, where a causal mask hides the padding.
+    padded on the right, where a causal mask hides the padding. window, with causal: how many keys a query sees, itself
+    included (0 = all of its document); documents that are longer get a mask of their own (n, L, L) booleans.
     """
 
-    def __init__(self, documents: Tensor, causal: bool):
-        self.causal = causal
+    def __init__(self, documents: Tensor, causal: bool, window: int = 0):
+        self.causal, self.window = causal, window
         B, _ = documents.shape
         names = documents - documents.min()
         names = (names + torch.arange(B)[:, None] * (names.max() + 1)).flatten()  # a document's number in the batch
         order = names.argsort(stable=True)  # token numbers in the flattened batch, document after document
         lengths = names[order].unique_consecutive(return_counts=True)[1]
         tokens = order.split(lengths.tolist())
-        self.groups: list[tuple[Tensor, Tensor]] = []  # (n, L) token numbers, and which of them are no padding
+        # (n, L) token numbers, which of them are no padding, and which keys a query sees, if that needs a mask
+        self.groups: list[tuple[Tensor, Tensor, Tensor | None]] = []
         by_length = sorted(tokens, key=len)
         while by_length:
             shortest = len(by_length[0])
@@ -116,18 +118,27 @@ class ByDocument:
             L = len(group[-1])
             index = torch.stack([F.pad(t, (0, L - len(t)), value=int(t[0])) for t in group])
             real = torch.arange(L) < torch.tensor([len(t) for t in group])[:, None]
-            self.groups.append((index, real))
+            self.groups.append((index, real, self.visible(index, real)))
+
+    def visible(self, index: Tensor, real: Tensor) -> Tensor | None:
+        """Which keys each query of a group sees, (n, 1, L or 1, L), or None if "all" or "those before it" says it."""
+        if not self.causal:
+            return None if real.all() else real[:, None, None]
+        if not self.window or (index.amax(1) - index.amin(1)).max() < self.window:
+            return None
+        distance = index[:, :, None] - index[:, None]  # in the row, where a document's tokens may lie apart
+        return ((distance < self.window) & torch.ones(distance.shape[1:], dtype=torch.bool).tril())[:, None]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """q, k, v: (B, H, T, D) → (B, H, T, D)."""
         B, H, T, D = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
         parts, places = [], []
-        for index, real in self.groups:
+        for index, real, visible in self.groups:
             n, L = index.shape
             cut = (x[index.flatten()].view(n, L, H, D).transpose(1, 2) for x in (q, k, v))
-            mask = None if self.causal or real.all() else real[:, None, None]
-            y = F.scaled_dot_product_attention(*cut, attn_mask=mask, is_causal=self.causal, dropout_p=dropout)
+            causal = self.causal and visible is None
+            y = F.scaled_dot_product_attention(*cut, attn_mask=visible, is_causal=causal, dropout_p=dropout)
             parts.append(y.transpose(1, 2)[real])
             places.append(index[real])
         back = torch.cat(places).argsort()
@@ -135,15 +146,19 @@ class ByDocument:
 
 
 class Flex:
-    """Attention of packed rows and ALiBi on CUDA, as one fused kernel that the compiler makes [Dong et al. 2024].
+    """Attention of packed rows, ALiBi and windows on CUDA, one fused kernel that the compiler makes [Dong et al. 2024].
 
-    documents: (B, T) or None. slopes: ALiBi's, (H,) or None. It must be called within a compiled network, and knows no
-    dropout.
+    documents: (B, T) or None. slopes: ALiBi's, (H,) or None. window, with causal: how many keys a query sees (0 = all).
+    It must be called within a compiled network, and knows no dropout.
     """
 
-    def __init__(self, T: int, causal: bool, documents: Tensor | None, slopes: Tensor | None, device: torch.device):
+    def __init__(
+        self, T: int, causal: bool, documents: Tensor | None, slopes: Tensor | None, device: torch.device,
+        window: int = 0,
+    ):  # fmt: skip
         def visible(b, h, i, j):
             seen = i >= j if causal else i == i
+            seen = seen & (i - j < window) if window else seen
             return seen if documents is None else seen & (documents[b, i] == documents[b, j])
 
         def score(score, b, h, i, j):

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused
+from positions import RopeScaling, alibi_bias, alibi_slopes, rope_table, sinusoidal_table
 
 IGNORE = -100  # a target with this value is not counted in the loss
+GATED = ("swiglu", "geglu")  # MLPs with a gate, whose matrix and up's are stacked in one weight
 
 
 @dataclass
@@ -32,16 +34,24 @@ class GPTConfig:
     n_kv_head: int = 0  # key/value heads shared by groups of query heads; 0 = n_head
     n_embd: int = 384  # width of the residual stream
     head_dim: int = 0  # width of one head; 0 = n_embd / n_head
-    mlp_dim: int = 0  # hidden width of the MLP; 0 = 4 n_embd, for swiglu 8/3 n_embd (the same number of weights)
+    mlp_dim: int = 0  # hidden width of the MLP; 0 = 4 n_embd, with a gate 8/3 n_embd (the same number of weights)
     dropout: float = 0.0  # probability of dropping an activation in training
     bias: bool = False  # biases in linear layers and LayerNorms
+    qkv_bias: bool = False  # biases on queries, keys and values, whatever bias says
     causal: bool = True  # each token sees only its past; False = both directions, as in BERT
+    sliding_window: int = 0  # each query sees only the last so many keys, itself included; 0 = all
     position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"  # how tokens are told their positions
     rope_theta: float = 10000.0  # base of the RoPE wavelengths; larger for longer contexts
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"  # how RoPE is stretched for longer contexts
+    rope_factor: float = 1.0  # scaled RoPE: how many times longer the context becomes
+    rope_original: int = 0  # llama3, yarn: the context before scaling, in tokens
+    rope_low: float = 1.0  # llama3, yarn: frequencies with fewer turns in that context are divided by rope_factor
+    rope_high: float = 4.0  # llama3, yarn: frequencies with more turns in it are kept; yarn's authors use 32
+    nope_every: int = 0  # every so-many-th layer has no RoPE, as in SmolLM3; 0 = all layers have it
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before each attention, MLP and the head
     norm_eps: float = 1e-6  # added to the variance before its root is taken
     qk_norm: bool = True  # normalise queries and keys in each head, before the rotation
-    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"  # activation of the MLP
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"] = "swiglu"  # activation of the MLP
     tie_embeddings: bool = True  # the output head shares the token embedding's weights
     norm_head: bool = False  # unit-length rows in the output head (NormHead of Baichuan 2)
     attention: Literal["flash", "math"] = "flash"  # flash: the fused kernel; math: the softmax written out
@@ -54,10 +64,11 @@ class GPTConfig:
             if allowed and value not in allowed:
                 raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
         for names, is_allowed, allowed in (
-            ("block_size n_layer n_head n_embd", lambda n: n >= 1, "at least 1"),
+            ("block_size n_layer n_head n_embd rope_factor", lambda n: n >= 1, "at least 1"),
             ("vocab_size n_kv_head head_dim mlp_dim max_z_loss", lambda n: n >= 0, "at least 0"),
+            ("rope_original nope_every sliding_window", lambda n: n >= 0, "at least 0"),
             ("dropout label_smoothing", lambda p: 0 <= p < 1, "at least 0 and below 1"),
-            ("rope_theta norm_eps", lambda x: x > 0, "positive"),
+            ("rope_theta rope_low norm_eps", lambda x: x > 0, "positive"),
         ):
             for name in names.split():
                 if not is_allowed(getattr(self, name)):
@@ -71,20 +82,18 @@ class GPTConfig:
         for position, name in (("rope", "head_dim"), ("sinusoidal", "n_embd")):
             if self.position == position and getattr(self, name) % 2:
                 raise ValueError(f"{position} turns pairs of channels: {name} must be even, not {getattr(self, name)}")
-        # 8/3 n_embd to the nearest multiple of 64: swiglu's three matrices then have as many weights as gelu's two
-        swiglu_dim = max(1, round(self.n_embd * 8 / 3 / 64)) * 64
-        self.mlp_dim = self.mlp_dim or (swiglu_dim if self.mlp == "swiglu" else 4 * self.n_embd)
+        if self.position != "rope" and (self.rope_scaling != "none" or self.nope_every):
+            raise ValueError(f"rope_scaling and nope_every need position=rope, not {self.position}")
+        if self.sliding_window and not self.causal:
+            raise ValueError("sliding_window needs causal=True: it shows each query the last keys up to its own")
+        RopeScaling.of(self).check(self.rope_theta)
+        # 8/3 n_embd to the nearest multiple of 64: with a gate, three matrices then have as many weights as two without
+        gated_dim = max(1, round(self.n_embd * 8 / 3 / 64)) * 64
+        self.mlp_dim = self.mlp_dim or (gated_dim if self.mlp in GATED else 4 * self.n_embd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Positions
-
-
-def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles t·θ^(-2i/D), each (length, D/2) [Su et al. 2021, section 3.2.2]."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+# Attention
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,39 +106,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-def sinusoidal_table(length: int, n_embd: int) -> Tensor:
-    """Sines in even channels, cosines in odd ones: (length, C) [Vaswani et al. 2017, section 3.5]."""
-    cos, sin = rope_table(length, n_embd, 10000.0)
-    return torch.stack((sin, cos), dim=-1).flatten(1)
-
-
-def alibi_slopes(n_head: int) -> Tensor:
-    """ALiBi's slope of each head, by which its attention scores fall per token of distance: (H,), 2^(-8h/H), h = 1…H.
-
-    A number of heads that is no power of two takes the slopes of the power below it, and then every second one of
-    the power above, as the authors' code does [Press et al. 2022, section 3].
-    """
-    power = 2 ** math.floor(math.log2(n_head))
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power, 2)]
-    return torch.tensor(slopes[:n_head])
-
-
-def alibi_bias(slopes: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """What ALiBi adds to the scores, -slope·|i-j|: (B or 1, H, T, S), for positions i (B, T) or (T,), j like i."""
-    distance = (i.view(-1, 1, i.size(-1), 1) - j.view(-1, 1, 1, j.size(-1))).abs()
-    return -slopes.view(-1, 1, 1) * distance
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
 class Mask(NamedTuple):
     """Which keys each query may attend to: the M of softmax(QKᵀ/√D + M)·V. `Mask()` hides nothing.
 
     For T = S: causal, each query sees the keys up to its own place; documents (B, T), the number of each token's
-    document, outside which it sees nothing; slopes (H,), by which scores fall per token of distance (ALiBi).
+    document, outside which it sees nothing; slopes (H,), by which scores fall per token of distance (ALiBi); window,
+    with causal: each query sees only the last so many of these keys, itself included (0 = all).
     bias: broadcastable to (B, H, T, S), any other M: numbers to add to the scores, or booleans, True for a visible key.
     may_have_empty_rows: whether a query may have nothing to attend to; `prepare_mask` computes empty_rows, which ones,
     (B or 1, H or 1, T, 1), and kernel, a fast form of attention.
@@ -139,32 +121,40 @@ class Mask(NamedTuple):
     causal: bool = False
     documents: Tensor | None = None
     slopes: Tensor | None = None
+    window: int = 0
     may_have_empty_rows: bool = False
     empty_rows: Tensor | None = None
     kernel: fused.ByDocument | fused.Flex | None = None
 
 
+def in_sight(i: Tensor, j: Tensor, window: int) -> Tensor:
+    """Whether a query at position i sees a key at j: the last `window` keys up to its own, or all of these for 0."""
+    return (j <= i) & (j > i - window) if window else j <= i
+
+
 def attention_mask(
-    T: int, S: int, *, causal: bool = True, positions: Tensor | None = None, key_positions: Tensor | None = None,
-    padding: Tensor | None = None, documents: Tensor | None = None, device: torch.device | None = None,
+    T: int, S: int, *, causal: bool = True, window: int = 0, positions: Tensor | None = None,
+    key_positions: Tensor | None = None, padding: Tensor | None = None, documents: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Mask:  # fmt: skip
     """The mask of T queries and S keys.
 
-    causal: a query sees only keys whose position is at most its own. positions (B, T), key_positions (B, S): by default
-    the keys stand at 0…S-1 and the queries at the last T of these.
+    causal: a query sees only keys whose position is at most its own, and with a window only the last so many of these.
+    positions (B, T), key_positions (B, S): by default the keys stand at 0…S-1, the queries at the last T of these.
     padding: (B, S), True where a key is a real token. documents: (B, T), the numbers of documents that are packed into
     a row (T = S); a token sees only its own document.
-    Only padding (on the left, or a whole row of it) can leave a query with nothing to attend to.
+    Only padding (before a query, or a whole row of it) can leave a query with nothing to attend to.
     """
-    if padding is None and (not causal or (positions is None and T == 1)):
+    window = window if window < S else 0  # no two keys are S or more positions apart
+    if padding is None and (not causal or (positions is None and T == 1 and not window)):
         return Mask(documents=documents)
     if padding is None and positions is None and T == S:
-        return Mask(causal=True, documents=documents)
+        return Mask(causal=True, documents=documents, window=window)
     visible = None
     if causal:
         i = torch.arange(S - T, S, device=device) if positions is None else positions
         j = torch.arange(S, device=i.device) if key_positions is None else key_positions
-        visible = j.view(-1, 1, S) <= i.view(-1, T, 1)
+        visible = in_sight(i.view(-1, T, 1), j.view(-1, 1, S), window)
     if padding is not None:
         visible = padding[:, None, :] if visible is None else visible & padding[:, None, :]
     if documents is not None:
@@ -175,23 +165,24 @@ def attention_mask(
 def prepare_mask(mask: Mask, q: Tensor, T: int, dropout: float = 0.0, kind: str = "flash") -> Mask:
     """Choose how to compute the mask's M, once for all layers: a kernel of fused.py, or numbers without empty rows.
 
-    q: any tensor of the queries' device and precision. Packed rows and ALiBi need no (T, T) numbers where
-    `fused.Flex` (CUDA, compiled, no dropout) or `fused.ByDocument` (CPU, not compiled, no ALiBi) computes them.
+    q: any tensor of the queries' device and precision. Packed rows, ALiBi and a window need no (T, T) numbers where
+    `fused.Flex` computes them (CUDA, compiled, no dropout), and packed rows, with a window or without, none where
+    `fused.ByDocument` does (CPU, not compiled, no ALiBi).
     A query with nothing to attend to, whose softmax is 0/0, sees everything here; `attention` sets its result to 0.
     """
-    bias, causal, documents, slopes, *_ = mask
-    if documents is not None or slopes is not None:
+    bias, causal, documents, slopes, window, *_ = mask
+    if documents is not None or slopes is not None or window:
         compiled = torch.compiler.is_compiling()
         if kind == "flash" and q.device.type == "cuda" and compiled and not dropout:
-            return Mask(kernel=fused.Flex(T, causal, documents, slopes, q.device))
-        if kind == "flash" and q.device.type == "cpu" and not compiled and slopes is None:
-            return Mask(kernel=fused.ByDocument(documents, causal))
+            return Mask(kernel=fused.Flex(T, causal, documents, slopes, q.device, window))
+        if kind == "flash" and q.device.type == "cpu" and not compiled and documents is not None and slopes is None:
+            return Mask(kernel=fused.ByDocument(documents, causal, window))
         i = torch.arange(T, device=q.device)
         bias = torch.zeros(1, 1, T, T, device=q.device) if slopes is None else alibi_bias(slopes, i, i)
         if documents is not None:
             bias = bias.masked_fill(documents[:, None, :, None] != documents[:, None, None], -torch.inf)
         if causal:
-            bias = bias.masked_fill(i > i[:, None], -torch.inf)
+            bias = bias.masked_fill(~in_sight(i[:, None], i, window), -torch.inf)
     if bias is None or mask.empty_rows is not None:
         return mask
     bias = (torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias).to(q.dtype)
@@ -263,8 +254,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
+        self.rotates = not config.nope_every or (layer + 1) % config.nope_every != 0  # where there is RoPE at all
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias)  # one product is faster than three
+        self.qkv = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias or config.qkv_bias)  # faster than three
         self.out = nn.Linear(H * D, config.n_embd, bias=config.bias)
         self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
@@ -275,7 +267,7 @@ class Attention(nn.Module):
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
         q, k, v = self.qkv(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
-        if rope is not None:
+        if rope is not None and self.rotates:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -284,21 +276,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers per token: W₂·gelu(W₁x), W₂·relu(W₁x)² [So et al. 2021], or W₂·(silu(W₀x)⊙W₁x) [Shazeer 2020]."""
+    """Two layers per token: W₂·gelu(W₁x), W₂·relu(W₁x)² [So et al. 2021], or W₂·(g(W₀x)⊙W₁x) [Shazeer 2020].
+
+    g is silu for swiglu, gelu for geglu. gelu is taken by tanh, gelu_exact by erf [Hendrycks & Gimpel 2016, section 2].
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.kind = config.mlp
-        gates = 2 if config.mlp == "swiglu" else 1
-        self.up = nn.Linear(config.n_embd, gates * config.mlp_dim, bias=config.bias)  # swiglu: gate and up, stacked
+        stacked = 2 if config.mlp in GATED else 1  # gate and up
+        self.up = nn.Linear(config.n_embd, stacked * config.mlp_dim, bias=config.bias)
         self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.kind == "swiglu":
-            gate, up = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(x, approximate="tanh") if self.kind == "gelu" else F.relu(x).square())
+        if self.kind == "relu2":
+            return self.down(F.relu(x).square())
+        if self.kind not in GATED:
+            return self.down(F.gelu(x, approximate="none" if self.kind == "gelu_exact" else "tanh"))
+        gate, up = x.chunk(2, dim=-1)
+        return self.down((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up)
 
 
 class Block(nn.Module):
@@ -351,7 +348,7 @@ class GPT(nn.Module):
         elif config.position == "alibi":
             self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
         elif config.position == "rope":
-            cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta)
+            cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta, RopeScaling.of(config))
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
@@ -397,7 +394,8 @@ class GPT(nn.Module):
         if cache is None:
             if T > config.block_size:
                 raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}; pass fewer")
-            mask = attention_mask(T, T, causal=config.causal, padding=padding, documents=documents, device=idx.device)
+            mask = attention_mask(T, T, causal=config.causal, window=config.sliding_window, padding=padding,
+                                  documents=documents, device=idx.device)  # fmt: skip
         elif not config.causal or any(x is not None for x in (positions, padding, documents)):
             raise ValueError("a cache needs causal=True, and no positions, padding or documents: see KVCache.expect")
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPTConfig, Mask, attention_mask
+from model import GPTConfig, Mask, attention_mask, in_sight
 
 NOWHERE = 1 << 40  # position of an empty cache slot: larger than any query's, so the causal mask hides it
 
@@ -37,7 +37,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.block_size = config.block_size
+        self.block_size, self.window = config.block_size, config.sliding_window
         self.positions = torch.full((batch_size, max_length), NOWHERE, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # of each row's text
         self.longest = 0  # = lengths.max(), known without asking the device
@@ -98,20 +98,26 @@ class KVCache:
         if positions is None:
             positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.positions[:, self.slots] = positions
-        mask = self.mask(positions) if visible is None else Mask(visible.unsqueeze(1))
-        return positions, self.key_positions(), mask
+        return positions, self.key_positions(), self.mask(positions, visible)
 
     def key_positions(self) -> Tensor:
         """Return the positions of all slots taken so far, (B, S)."""
         return self.positions if self.frozen else self.positions[:, : self.used]
 
-    def mask(self, positions: Tensor) -> Mask:
-        """Return the causal mask of the T tokens just placed: each sees all tokens of its row up to itself."""
+    def mask(self, positions: Tensor, visible: Tensor | None = None) -> Mask:
+        """Return the causal mask of the T tokens just placed: each sees the tokens of its row up to itself.
+
+        visible (B, T, S): those that it sees if beams share the row. Of either, a sliding window shows only the last.
+        """
         T, keys = positions.size(1), self.key_positions()
+        if visible is not None:
+            if self.window:
+                visible = visible & in_sight(positions[:, :, None], keys[:, None], self.window)
+            return Mask(visible.unsqueeze(1))
         # Without padding, one token per row sees all slots, and tokens that begin a cache are plainly causal.
         if not self.padded and not self.frozen and T in (1, self.used):
-            return attention_mask(T, self.used)
-        return attention_mask(T, keys.size(1), positions=positions, key_positions=keys)
+            return attention_mask(T, self.used, window=self.window, device=positions.device)
+        return attention_mask(T, keys.size(1), window=self.window, positions=positions, key_positions=keys)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer in the slots just taken; returns all of that layer, (B, K, S, D)."""

@@ -6,6 +6,7 @@ import subprocess
 import torch
 
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
+WINDOWS = [{"position": position, "sliding_window": 3} for position in ("rope", "alibi")]
 LOSS_OPTIONS = [{}, {"label_smoothing": 0.1}, {"max_z_loss": 0.01}, {"label_smoothing": 0.2, "max_z_loss": 0.1}]
 
 

@@ -1,6 +1,5 @@
 """Attention, its masks, positions, packing, padding and the cache: each fast path equals the plain one."""
 
-import math
 from itertools import product
 
 import pytest
@@ -11,15 +10,11 @@ from model import (
     GPT,
     GPTConfig,
     Mask,
-    alibi_slopes,
     attention,
     attention_mask,
     prepare_mask,
-    rope_table,
-    rotate,
-    sinusoidal_table,
 )
-from tests.helpers import LOSS_OPTIONS, POSITIONS, assert_close, label, random, tokens
+from tests.helpers import LOSS_OPTIONS, POSITIONS, WINDOWS, assert_close, label, random, tokens
 
 OPTIONS = [
     *({"position": position} for position in POSITIONS),
@@ -28,13 +23,17 @@ OPTIONS = [
     {"norm": "layernorm"},
     {"norm": "layernorm", "bias": True, "position": "learned", "mlp": "gelu", "qk_norm": False},
     {"bias": True},
-    {"mlp": "gelu"},
-    {"mlp": "relu2"},
+    {"qkv_bias": True},
+    *({"mlp": mlp} for mlp in ("geglu", "gelu", "gelu_exact", "relu2")),
+    {"nope_every": 2},
+    {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 16},
     {"qk_norm": False},
     {"tie_embeddings": False},
     {"norm_head": True},
     {"norm_head": True, "tie_embeddings": False},
 ]
+# Each with causal or without it, but a window needs it
+CAUSAL_OR_NOT = [*product(OPTIONS, (True, False)), *((options, True) for options in WINDOWS)]
 DOCUMENTS = torch.tensor([[0] * 3 + [1] * 4 + [2] * 2, [0] * 5 + [7] + [3] * 3])
 RIGHT_PADDED = torch.arange(9) < torch.tensor([[9], [6]])
 LEFT_PADDED = RIGHT_PADDED.flip(1)  # with a causal mask, the first queries of row 1 see nothing
@@ -69,13 +68,19 @@ def numbers(visible):
 
 
 def as_mask(given):
-    """What `attention` is given: nothing, "causal", or a tensor in which a query may have nothing to attend to."""
+    """What `attention` is given: a mask, nothing, "causal", or a tensor where a query may have nothing to attend to."""
+    if isinstance(given, Mask):
+        return given
     if isinstance(given, torch.Tensor):
         return Mask(given, may_have_empty_rows=True)
     return Mask(causal=True) if given == "causal" else None
 
 
 TRIL = torch.ones(9, 9, dtype=torch.bool).tril()
+BAND = TRIL & torch.ones(9, 9, dtype=torch.bool).triu(-3)  # a window of 4
+SAME = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None])[:, None]
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0]).double()
+LOWERED = -SLOPES[:, None, None] * (torch.arange(9)[:, None] - torch.arange(9)).abs()
 SOME = random(2, 1, 9, 5) > -0.5
 SOME[0, 0, 3] = SOME[1, 0, 8] = False  # these two see nothing
 # name: (queries T, keys S, what `attention` is given, the M that it means)
@@ -94,6 +99,10 @@ MASKS = {
     "numbers": (9, 9, m := random(2, 4, 9, 9), m),
     "numbers for cross": (9, 5, m := random(1, 4, 9, 5), m),
     "numbers and minus infinity": (9, 5, m := m + numbers(SOME), m),
+    "window": (9, 9, Mask(causal=True, window=4), numbers(BAND)),
+    "window of 1": (9, 9, Mask(causal=True, window=1), numbers(torch.eye(9, dtype=torch.bool))),
+    "window and documents": (9, 9, Mask(causal=True, window=4, documents=DOCUMENTS), numbers(BAND & SAME)),
+    "window and alibi": (9, 9, Mask(causal=True, window=4, slopes=SLOPES), numbers(BAND) + LOWERED),
     "nothing": (9, 9, m := torch.zeros(9, 9, dtype=torch.bool), numbers(m)),
     "nothing in numbers": (9, 9, numbers(m), numbers(m)),
 }
@@ -147,10 +156,11 @@ PACKED = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3] * 7, [0, 1, 0, 1, 0, 1, 1]])
     ids=["all", "packed", "chunk", "one", "ragged chunk", "ragged one"],
 )
 @pytest.mark.parametrize("padding", [None, torch.arange(7) < torch.tensor([[7], [3], [5]])], ids=["", "padded"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, positions, documents):
-    mask = attention_mask(T, 7, causal=causal, positions=positions, padding=padding, documents=documents)
-    if mask.documents is not None:
+@pytest.mark.parametrize("causal, window", [(True, 0), (True, 3), (True, 1), (False, 0)])
+def test_the_mask_shows_exactly_who_may_look_at_whom(causal, window, padding, T, positions, documents):
+    hiding = {"causal": causal, "window": window, "padding": padding, "documents": documents}
+    mask = attention_mask(T, 7, positions=positions, **hiding)
+    if mask.documents is not None or mask.window:
         mask = prepare_mask(mask, random(1), T, kind="math")
         shown = mask.bias == 0
     elif mask.bias is None:
@@ -166,7 +176,7 @@ def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, positio
     assert mask.may_have_empty_rows or shown.any(-1).all()
     for b, t, j in product(range(3), range(T), range(7)):
         i = 7 - T + t if positions is None else positions[b, t]
-        visible = not causal or j <= i
+        visible = not causal or j <= i and (not window or i - j < window)
         visible &= padding is None or bool(padding[b, j])
         visible &= documents is None or bool(documents[b, i] == documents[b, j])
         assert shown[b, 0, t, j] == visible
@@ -174,7 +184,8 @@ def test_the_mask_shows_exactly_who_may_look_at_whom(causal, padding, T, positio
 
 def test_the_kernel_is_given_no_mask_where_none_is_needed():
     assert attention_mask(7, 7) == Mask(causal=True)
-    assert attention_mask(1, 7) == attention_mask(7, 7, causal=False) == Mask()
+    assert attention_mask(7, 7, window=7) == Mask(causal=True)
+    assert attention_mask(1, 7) == attention_mask(1, 7, window=7) == attention_mask(7, 7, causal=False) == Mask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,8 +201,9 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("options", OPTIONS, ids=label)
+@pytest.mark.parametrize(
+    "options, causal", CAUSAL_OR_NOT, ids=lambda x: label(x) if isinstance(x, dict) else f"causal={x}"
+)
 def test_flash_equals_math_for_every_option_and_input(tiny_gpt, options, causal):
     model = tiny_gpt(**options, causal=causal)
     for name, inputs in INPUTS.items():
@@ -221,9 +233,9 @@ def test_flash_equals_math_in_training_with_every_loss_option(tiny_gpt, options)
 
 @pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 1, 4], [7, 1, 1, 1], [3, 7], [10]], ids=str)
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-@pytest.mark.parametrize("position", POSITIONS)
-def test_cached_decoding_equals_recomputing_everything(tiny_gpt, position, n_kv_head, chunks):
-    model, idx = tiny_gpt(position=position, n_kv_head=n_kv_head), tokens(3, 10)
+@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), *WINDOWS, {"nope_every": 2}], ids=label)
+def test_cached_decoding_equals_recomputing_everything(tiny_gpt, options, n_kv_head, chunks):
+    model, idx = tiny_gpt(**options, n_kv_head=n_kv_head), tokens(3, 10)
     cache = KVCache(model.config, 3, 10, dtype=torch.float64)
     with torch.no_grad():
         pieces = [model(piece, cache=cache)[0] for piece in idx.split(chunks, dim=1)]
@@ -231,7 +243,7 @@ def test_cached_decoding_equals_recomputing_everything(tiny_gpt, position, n_kv_
 
 
 @pytest.mark.parametrize("kind", ["flash", "math"])
-@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), {"n_kv_head": 2}], ids=label)
+@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), {"n_kv_head": 2}, *WINDOWS], ids=label)
 @torch.no_grad()
 def test_each_row_of_a_ragged_batch_is_what_it_is_alone(tiny_gpt, options, kind):
     model = tiny_gpt(**options, attention=kind)
@@ -309,9 +321,14 @@ def test_a_cache_for_a_model_that_looks_ahead_is_refused(tiny_gpt):
 # Packing and padding
 
 
-@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), {"n_kv_head": 2}], ids=label)
+PACKED_OPTIONS = [*({"position": p} for p in POSITIONS), {"n_kv_head": 2}]
+
+
+@pytest.mark.parametrize(
+    "options, causal", [*product(PACKED_OPTIONS, (True, False)), *((options, True) for options in WINDOWS)],
+    ids=lambda x: label(x) if isinstance(x, dict) else f"causal={x}",
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["flash", "math"])
-@pytest.mark.parametrize("causal", [True, False])
 def test_packed_documents_are_read_as_if_each_were_alone(tiny_gpt, options, kind, causal):
     model, lengths, idx = tiny_gpt(**options, attention=kind, causal=causal), [3, 5, 1, 4], tokens(1, 13)
     weights, probe = list(model.parameters()), random(1, 13, 23, seed=8)
@@ -330,11 +347,12 @@ def test_packed_documents_are_read_as_if_each_were_alone(tiny_gpt, options, kind
     assert same.tolist() == [True] * 3 + [False] * 5 + [True] * 5  # to the last bit
 
 
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(
+    "options", [{"position": p, "causal": c} for p, c in product(POSITIONS, (True, False))] + WINDOWS, ids=label
+)
 @pytest.mark.parametrize("kind", ["flash", "math"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_padded_row_is_read_as_if_it_were_alone(tiny_gpt, position, kind, causal):
-    model, idx, lengths = tiny_gpt(position=position, attention=kind, causal=causal), tokens(3, 9), [9, 4, 1]
+def test_a_padded_row_is_read_as_if_it_were_alone(tiny_gpt, options, kind):
+    model, idx, lengths = tiny_gpt(**options, attention=kind), tokens(3, 9), [9, 4, 1]
     logits, _ = model(idx, padding=torch.arange(9) < torch.tensor(lengths)[:, None])
     for row, mine, n in zip(idx, logits, lengths, strict=True):
         assert_close(mine[:n], model(row[None, :n])[0][0])
@@ -350,91 +368,9 @@ def test_a_causal_model_sees_only_the_past_and_a_bidirectional_one_everything(ti
             model = tiny_gpt(position=position, attention=kind, causal=causal)
             same = (model(idx)[0] == model(changed)[0]).all(-1)[0].tolist()
             assert same == ([True] * 4 + [False] * 5 if causal else [False] * 9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Positions
-
-
-def test_rope_is_multiplication_by_a_complex_number_of_the_positions_angle():
-    x, theta = random(2, 3, 7, 10), 500.0
-    t, i = torch.arange(7).double()[:, None], torch.arange(5).double()
-    turned = torch.complex(x[..., :5], x[..., 5:]) * torch.exp(1j * t * theta ** (-2 * i / 10))
-    assert_close(rotate(x, *rope_table(7, 10, theta)), torch.cat((turned.real, turned.imag), dim=-1), 1e-6)
-
-
-def test_rope_angles_stay_exact_in_long_contexts():
-    cos, sin = rope_table(100_001, 8, 10000.0)
-    for i in range(4):
-        angle = 100_000 * 10000.0 ** (-2 * i / 8)
-        assert abs(cos[-1, i] - math.cos(angle)) < 1e-6 and abs(sin[-1, i] - math.sin(angle)) < 1e-6
-
-
-def test_rope_scores_depend_only_on_the_distance(tiny_gpt):
-    cos, sin = rope_table(64, 8, 10000.0)
-    q, k = random(8), random(8, seed=2)
-    q, k = (rotate(x.expand(1, 1, 64, 8), cos, sin)[0, 0] for x in (q, k))
-    scores = q @ k.T
-    for distance in range(-63, 64):
-        along = scores.diagonal(distance)
-        assert_close(along, along[:1].expand_as(along), 1e-5)
-    assert scores[0].std() > 0.1
-
-
-@torch.no_grad()
-def test_shifting_all_positions_changes_nothing_for_relative_schemes_only(tiny_gpt):
-    idx = tokens(2, 9)
-    for position in POSITIONS:
-        model = tiny_gpt(position=position)
-        change = (model(idx, positions=torch.arange(9) + 5)[0] - model(idx)[0]).abs().max()
-        assert change > 1e-2 if position in ("learned", "sinusoidal") else change < 1e-5
-
-
-def test_alibi_slopes_are_those_of_the_paper():
-    eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    sixteen = [2 ** (-h / 2) for h in range(1, 17)]
-    assert alibi_slopes(8).tolist() == eight
-    assert_close(alibi_slopes(16), torch.tensor(sixteen), 1e-7)
-    assert_close(alibi_slopes(12), torch.tensor(eight + sixteen[:8:2]), 1e-7)
-    assert alibi_slopes(1).tolist() == [2**-8]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_alibi_lowers_scores_by_the_slope_per_token_of_distance(tiny_gpt, causal):
-    model = tiny_gpt(position="alibi", causal=causal)
-    x, rope, mask = model.embed(tokens(2, 5), None, Mask(causal=causal), None)
-    mask = prepare_mask(mask, x, 5)
-    assert rope is None and not mask.causal and not mask.may_have_empty_rows
-    for h, i, j in product(range(4), range(5), range(5)):
-        expected = -torch.inf if causal and j > i else -(2.0 ** (-2 * (h + 1))) * abs(i - j)
-        assert mask.bias[0, h, i, j] == expected
-
-
-def test_sinusoidal_positions_follow_the_formula(tiny_gpt):
-    table = sinusoidal_table(50, 16)
-    for t, i in product(range(50), range(8)):
-        angle = t / 10000 ** (2 * i / 16)
-        assert abs(table[t, 2 * i] - math.sin(angle)) < 1e-6 and abs(table[t, 2 * i + 1] - math.cos(angle)) < 1e-6
-    model, idx = tiny_gpt(position="sinusoidal"), tokens(2, 9)
-    x, _, _ = model.embed(idx, None, Mask(causal=True), None)
-    assert_close(x, model.tok_emb(idx) * 4 + table[:9].double())
-
-
-def test_learned_positions_are_a_lookup(tiny_gpt):
-    model, idx, positions = tiny_gpt(position="learned"), tokens(2, 9), tokens(2, 9, seed=5) % 16
-    x, _, _ = model.embed(idx, None, Mask(causal=True), None)
-    assert_close(x, model.tok_emb.weight[idx] + model.pos_emb.weight[:9])
-    x, _, _ = model.embed(idx, positions, Mask(causal=True), None)
-    assert_close(x, model.tok_emb.weight[idx] + model.pos_emb.weight[positions])
-
-
-@torch.no_grad()
-def test_without_positions_and_causality_order_means_nothing_and_with_either_it_does(tiny_gpt):
-    idx, order = tokens(2, 9), torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 7])
-    for position, causal in product(POSITIONS, (True, False)):
-        model = tiny_gpt(position=position, causal=causal)
-        change = (model(idx[:, order])[0] - model(idx)[0][:, order]).abs().max()
-        assert change < 1e-10 if position == "none" and not causal else change > 1e-2
+        model = tiny_gpt(position=position, attention=kind, sliding_window=3, n_layer=1)
+        same = (model(idx)[0] == model(changed)[0]).all(-1)[0].tolist()
+        assert same == [True] * 4 + [False] * 3 + [True] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

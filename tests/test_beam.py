@@ -9,8 +9,8 @@ from decoding.beam import beam_search
 from decoding.cache import KVCache
 from decoding.stream import context_start, generate
 from model import GPT
-from tests.helpers import POSITIONS
-from tests.twins import gpt2_twins, qwen3_twins
+from tests.helpers import POSITIONS, WINDOWS, label
+from tests.twins import gpt2_twins, mistral_twins, qwen3_twins
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
 
@@ -39,7 +39,7 @@ def theirs(model, prompts, W, alpha, eos_id, max_new_tokens):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("twins", [qwen3_twins, gpt2_twins], ids=["qwen3", "gpt2"])
+@pytest.mark.parametrize("twins", [qwen3_twins, gpt2_twins, mistral_twins], ids=["qwen3", "gpt2", "mistral"])
 @torch.no_grad()
 def test_beams_and_their_scores_are_those_of_transformers(twins, seed):
     model, ours = twins(seed, vocab_size=19, n_embd=16)
@@ -143,9 +143,9 @@ def recomputed(model, prompt, max_new_tokens, W, alpha, eos_id):
 
 
 @pytest.mark.parametrize("block_size", [3, 8, 64])
-@pytest.mark.parametrize("position", POSITIONS)
-def test_cached_beams_equal_recomputing_everything_within_and_beyond_block_size(tiny_gpt, position, block_size):
-    model = tiny_gpt(position=position, block_size=block_size, tie_embeddings=False, n_kv_head=2)
+@pytest.mark.parametrize("options", [*({"position": p} for p in POSITIONS), *WINDOWS], ids=label)
+def test_cached_beams_equal_recomputing_everything_within_and_beyond_block_size(tiny_gpt, options, block_size):
+    model = tiny_gpt(**options, block_size=block_size, tie_embeddings=False, n_kv_head=2)
     for eos_id, alpha in ((None, 1.0), (7, 0.5)):
         options = {"num_beams": 3, "length_penalty": alpha, "eos_id": eos_id, "num_return": 3}
         found = beam_search(model, PROMPTS, 14, **options)

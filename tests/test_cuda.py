@@ -113,14 +113,16 @@ def test_a_step_never_waits_for_the_gpu(pretrain, tune, monkeypatch, tuned, dtyp
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+@pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_flash_attention_equals_the_softmax_written_out(dtype, position, packed):
+def test_compiled_flash_attention_equals_the_softmax_written_out(dtype, position, window, packed):
     T = 200  # no multiple of a kernel's block
     torch.manual_seed(0)
     config = GPTConfig(
-        block_size=T, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, n_embd=128, head_dim=64, position=position
-    )
+        block_size=T, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, n_embd=128, head_dim=64, position=position,
+        sliding_window=window,
+    )  # fmt: skip
     model = GPT(config).cuda()
     for weight in model.parameters():
         weight.data += 0.05 * torch.randn_like(weight)

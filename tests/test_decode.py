@@ -8,8 +8,8 @@ from decoding.beam import beam_search
 from decoding.score import log_likelihood
 from decoding.stream import choose, context_start, generate, penalize, stream
 from model import GPT
-from tests.helpers import POSITIONS, assert_close, random, tokens
-from tests.twins import gpt2_twins, qwen3_twins
+from tests.helpers import POSITIONS, WINDOWS, assert_close, label, random, tokens
+from tests.twins import gpt2_twins, mistral_twins, qwen3_twins
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
 SAMPLING = {"temperature": 1.3, "top_k": 15, "top_p": 0.9, "seed": 5}
@@ -38,9 +38,9 @@ def recomputed(model, prompt, max_new_tokens, *, repetition_penalty=1.0, seed=0,
 
 @METHODS
 @pytest.mark.parametrize("n", [1, 5, 8, 9, 20], ids=lambda n: f"prompt of {n}")
-@pytest.mark.parametrize("position", POSITIONS)
-def test_cached_generation_equals_recomputing_everything_within_and_beyond_block_size(tiny_gpt, position, n, options):
-    model, prompt = tiny_gpt(position=position, block_size=8, tie_embeddings=False), [(7 * i) % 23 for i in range(n)]
+@pytest.mark.parametrize("positions", [*({"position": p} for p in POSITIONS), *WINDOWS], ids=label)
+def test_cached_generation_equals_recomputing_everything_within_and_beyond_block_size(tiny_gpt, positions, n, options):
+    model, prompt = tiny_gpt(**positions, block_size=8, tie_embeddings=False), [(7 * i) % 23 for i in range(n)]
     (text,) = generate(model, [prompt], 25, **options)
     assert text == recomputed(model, prompt, 25, **options)
     assert len(set(text)) > 1  # a text that says something about the positions
@@ -161,7 +161,7 @@ def test_an_impossible_prompt_is_refused(tiny_gpt, prompt, sentence):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("twins", [qwen3_twins, gpt2_twins], ids=["qwen3", "gpt2"])
+@pytest.mark.parametrize("twins", [qwen3_twins, gpt2_twins, mistral_twins], ids=["qwen3", "gpt2", "mistral"])
 @torch.no_grad()
 def test_greedy_texts_are_those_of_transformers(twins, seed, penalty):
     theirs, ours = twins(seed)

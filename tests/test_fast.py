@@ -11,10 +11,11 @@ from decoding.fast import Int8Linear, PackedLinear, SplitLinear, next_step, spee
 from decoding.stream import generate
 from model import GPT, GPTConfig, Head
 from tests.fake_cuda import emulated
-from tests.helpers import assert_close, tokens
+from tests.helpers import WINDOWS, assert_close, label, tokens
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
-SHAPES = [{}, {"norm_head": True}, {"tie_embeddings": False, "bias": True, "norm": "layernorm"}, {"mlp": "gelu"}]
+SHAPES = [{}, {"norm_head": True}, {"tie_embeddings": False, "bias": True, "norm": "layernorm"}, {"mlp": "gelu"},
+          {"mlp": "geglu", "qkv_bias": True, "nope_every": 2, "sliding_window": 5}]  # fmt: skip
 
 
 @pytest.fixture
@@ -81,10 +82,10 @@ def test_what_cannot_be_sped_up_is_left_alone(tiny_gpt):
         speed_up(model, quantize="int8")
 
 
-@pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
+@pytest.mark.parametrize("options", [*({"position": p} for p in ("rope", "learned", "alibi")), *WINDOWS], ids=label)
 @torch.no_grad()
-def test_steps_of_fixed_shape_equal_plain_steps_compiled_as_one_graph_without_recompiling(tiny_gpt, position):
-    model, idx = tiny_gpt(position=position), tokens(3, 14)
+def test_steps_of_fixed_shape_equal_plain_steps_compiled_as_one_graph_without_recompiling(tiny_gpt, options):
+    model, idx = tiny_gpt(**options), tokens(3, 14)
     plain, fixed = (KVCache(model.config, 3, 16, dtype=torch.float64) for _ in range(2))
     graphs = []
 

@@ -91,11 +91,14 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("causal", [True, False])
+CAUSAL_AND_WINDOW = pytest.mark.parametrize("causal, window", [(True, 0), (True, 4), (True, 1), (False, 0)])
+
+
+@CAUSAL_AND_WINDOW
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_attention_by_documents_and_its_gradients_equal_the_written_out_softmax(name, causal):
+def test_attention_by_documents_and_its_gradients_equal_the_written_out_softmax(name, causal, window):
     qkv = [random(2, 3, 40, 8, seed=seed).requires_grad_() for seed in (1, 2, 3)]
-    mask = Mask(causal=causal, documents=DOCUMENTS[name])
+    mask = Mask(causal=causal, documents=DOCUMENTS[name], window=window)
     assert isinstance(prepare_mask(mask, qkv[0], 40).kernel, fused.ByDocument)
     y, expected = (attention(*qkv, mask, kind=kind) for kind in ("flash", "math"))
     assert_close(y, expected)
@@ -104,16 +107,16 @@ def test_attention_by_documents_and_its_gradients_equal_the_written_out_softmax(
 
 
 @pytest.mark.parametrize("slopes", [None, torch.tensor([0.5, 0.25, 0.1]).double()], ids=["", "alibi"])
-@pytest.mark.parametrize("causal", [True, False])
+@CAUSAL_AND_WINDOW
 @pytest.mark.parametrize("name", [None, *DOCUMENTS])
-def test_flex_attention_and_its_gradients_equal_the_written_out_softmax(monkeypatch, name, causal, slopes):
+def test_flex_attention_and_its_gradients_equal_the_written_out_softmax(monkeypatch, name, causal, window, slopes):
     """On a CPU FlexAttention runs its mask and its scores in Python, and refuses gradients: but it can compute them."""
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     documents = None if name is None else DOCUMENTS[name]
     qkv = [random(2, 3, 40, 8, seed=seed).requires_grad_() for seed in (1, 2, 3)]
-    y = fused.Flex(40, causal, documents, slopes, torch.device("cpu"))(*qkv)
-    expected = attention(*qkv, Mask(causal=causal, documents=documents, slopes=slopes), kind="math")
+    y = fused.Flex(40, causal, documents, slopes, torch.device("cpu"), window)(*qkv)
+    expected = attention(*qkv, Mask(causal=causal, documents=documents, slopes=slopes, window=window), kind="math")
     assert_close(y, expected)
     for mine, theirs in zip(gradients(y, qkv), gradients(expected, qkv), strict=True):
         assert_close(mine, theirs)

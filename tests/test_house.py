@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "common": {"common"},
     "fused": set(),
-    "model": {"fused"},
+    "positions": set(),
+    "model": {"fused", "positions"},
     "text.base": {"common", "text.base"},
     "bpe": {"common", "text.base"},
     "text": {"common", "text.base", "bpe", "text"},
@@ -91,11 +92,14 @@ def test_there_is_no_circle_of_files():
         pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
 
 
-def test_model_py_imports_torch_and_its_fused_forms_only():
-    tree = ast.parse((ROOT / "model.py").read_text())
+@pytest.mark.parametrize(
+    "path, parts", [("model.py", {"fused", "positions"}), ("fused.py", set()), ("positions.py", set())]
+)
+def test_the_network_imports_torch_and_its_parts_only(path, parts):
+    tree = ast.parse((ROOT / path).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} <= {"torch", "fused", "math", "dataclasses", "typing"}
+    assert {name.split(".")[0] for name in names} <= {"torch", "math", "dataclasses", "typing"} | parts
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

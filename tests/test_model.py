@@ -8,7 +8,7 @@ import torch
 
 from model import GPT, IGNORE, MLP, GPTConfig, Norm
 from tests.helpers import LOSS_OPTIONS, POSITIONS, assert_close, label, random, tokens
-from tests.twins import gpt2_twins, qwen3_twins
+from tests.twins import FAMILIES, family_twins, gpt2_twins, qwen3_twins
 from training.device import flops_per_token
 from training.optim import stacked_rows
 
@@ -34,15 +34,23 @@ def sigmoid(x):
     return 1 / (1 + (-x).exp())
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "gelu", "relu2"])
+def gelu_by_tanh(x):
+    return x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))  # tanh(u) = 2·sigmoid(2u) - 1
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "gelu_exact", "relu2"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlps_follow_their_formulas(kind, bias):
     mlp, x = MLP(GPTConfig(n_head=1, n_embd=6, mlp_dim=10, mlp=kind, bias=bias)).double(), random(2, 3, 6)
     h = x @ mlp.up.weight.T + (mlp.up.bias if bias else 0)
     if kind == "swiglu":
         h = h[..., :10] * sigmoid(h[..., :10]) * h[..., 10:]
-    elif kind == "gelu":  # tanh(u) = 2·sigmoid(2u) - 1
-        h = h * sigmoid(2 * math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))
+    elif kind == "geglu":
+        h = gelu_by_tanh(h[..., :10]) * h[..., 10:]
+    elif kind == "gelu":
+        h = gelu_by_tanh(h)
+    elif kind == "gelu_exact":
+        h = h * (1 + (h / math.sqrt(2)).erf()) / 2
     else:
         h = torch.where(h > 0, h * h, 0)
     assert_close(mlp(x), h @ mlp.down.weight.T + (mlp.down.bias if bias else 0))
@@ -105,12 +113,30 @@ def test_the_classic_architecture_is_gpt2(kind):
     assert_same_logits(*gpt2_twins(kind=kind))
 
 
+@pytest.mark.parametrize("kind", ["flash", "math"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_ours_with_their_options(family, kind):
+    assert_same_logits(*family_twins(family, kind=kind))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_float64_other_families_are_ours_to_nine_digits(family, monkeypatch):
+    # transformers takes norms, softmax and RoPE's angles in float32, and our table of angles is kept in it: here all of
+    # that is in float64
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    theirs, ours = family_twins(family, dtype=torch.float64)
+    assert theirs.model.rotary_emb.inv_freq.dtype == ours.cos.dtype == torch.float64
+    assert_same_logits(theirs, ours, 1e-9)
+
+
 @torch.no_grad()
-def assert_same_logits(theirs, ours):
+def assert_same_logits(theirs, ours, tolerance=1e-4):
     idx = torch.randint(101, (2, 64), generator=torch.Generator().manual_seed(1))
     expected = theirs(idx).logits
     assert expected.std() > 0.5
-    assert_close(ours(idx)[0], expected, 1e-4)
+    assert_close(ours(idx)[0], expected, tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +148,7 @@ def assert_same_logits(theirs, ours):
     [
         ({"position": "rotary"}, "position must be one of rope, learned, sinusoidal, alibi, none, not 'rotary'"),
         ({"norm": "batchnorm"}, "norm must be one of rmsnorm, layernorm"),
-        ({"mlp": "relu"}, "mlp must be one of swiglu, gelu, relu2"),
+        ({"mlp": "relu"}, "mlp must be one of swiglu, geglu, gelu, gelu_exact, relu2"),
         ({"attention": "fast"}, "attention must be one of flash, math"),
         ({"block_size": 0}, "block_size must be at least 1, not 0"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
@@ -138,6 +164,20 @@ def assert_same_logits(theirs, ours):
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1"),
         ({"rope_theta": 0.0}, "rope_theta must be positive"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
+        ({"rope_scaling": "ntk"}, "rope_scaling must be one of none, linear, llama3, yarn"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor must be at least 1, not 0.5"),
+        ({"rope_factor": 8.0}, "rope_factor is 8.0 and rope_scaling is none: choose linear, llama3 or yarn"),
+        ({"rope_scaling": "llama3"}, "rope_scaling=llama3 needs rope_original, the context before scaling, in tokens"),
+        ({"rope_scaling": "yarn"}, "rope_scaling=yarn needs rope_original"),
+        ({"rope_scaling": "yarn", "rope_original": 64, "rope_theta": 1.0}, "needs a rope_theta above 1, not 1.0"),
+        ({"rope_scaling": "linear", "position": "alibi"}, "rope_scaling and nope_every need position=rope, not alibi"),
+        ({"nope_every": 4, "position": "none"}, "rope_scaling and nope_every need position=rope, not none"),
+        ({"rope_low": 0.0}, "rope_low must be positive"),
+        ({"rope_low": 4.0}, r"rope_high \(4.0\) must be above rope_low \(4.0\)"),
+        ({"rope_original": -1}, "rope_original must be at least 0"),
+        ({"nope_every": -1}, "nope_every must be at least 0"),
+        ({"sliding_window": -1}, "sliding_window must be at least 0"),
+        ({"sliding_window": 8, "causal": False}, "sliding_window needs causal=True"),
         ({"n_head": 6, "n_kv_head": 4}, r"n_head \(6\) must be a multiple of n_kv_head \(4\)"),
         ({"n_head": 2, "n_kv_head": 4}, r"n_head \(2\) must be a multiple of n_kv_head \(4\)"),
         ({"n_embd": 100, "n_head": 6}, r"n_embd \(100\) must be a multiple of n_head \(6\), or head_dim be set"),
@@ -160,6 +200,7 @@ def test_a_model_without_a_vocabulary_is_refused():
 def test_what_the_config_leaves_open_follows_from_the_rest():
     config = GPTConfig(n_embd=768, n_head=12)
     assert (config.n_kv_head, config.head_dim, config.mlp_dim) == (12, 64, 2048)
+    assert GPTConfig(n_embd=768, n_head=12, mlp="geglu").mlp_dim == 2048
     assert GPTConfig(n_embd=768, n_head=12, mlp="gelu").mlp_dim == 3072
     assert GPTConfig(n_embd=100, n_head=6, head_dim=10).head_dim == 10
     assert GPTConfig(head_dim=15, position="alibi").head_dim == 15  # odd is odd only for rope
@@ -181,6 +222,10 @@ def test_weights_and_operations_are_counted_as_by_hand():
     assert untied.num_params() == model.num_params() + 50 * 24
     assert flops_per_token(untied) == flops_per_token(model)
 
+    near = GPT(replace(modern, sliding_window=7, qkv_bias=True, mlp="geglu"))
+    assert near.num_params() == model.num_params() + 2 * (32 + 16 + 16)
+    assert flops_per_token(near) == flops_per_token(model, 7) and flops_per_token(near, 5) == flops_per_token(model, 5)
+
     gpt2 = GPTConfig(
         block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, position="learned", norm="layernorm",
         mlp="gelu", bias=True, qk_norm=False,
@@ -194,7 +239,7 @@ def test_stacked_rows_names_the_weights_that_hold_several_matrices():
     qkv = {f"blocks.{i}.attention.qkv.weight": [32, 16, 16] for i in range(2)}
     gates = {f"blocks.{i}.mlp.up.weight": [40, 40] for i in range(2)}
     model = GPT(GPTConfig(**options))
-    assert stacked_rows(model) == qkv | gates
+    assert stacked_rows(model) == stacked_rows(GPT(GPTConfig(**options, mlp="geglu", qkv_bias=True))) == qkv | gates
     assert all(
         weight.size(0) == sum(qkv.get(n) or gates.get(n, [weight.size(0)])) for n, weight in model.named_parameters()
     )

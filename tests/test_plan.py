@@ -28,6 +28,7 @@ KINDS = [
     {}, {"attention": "math"}, {"position": "alibi"}, {"dropout": 0.1}, {"n_kv_head": 1}, {"tie_embeddings": False},
     {"mlp": "gelu", "norm": "layernorm", "bias": True, "position": "learned", "qk_norm": False},
     {"mlp": "relu2", "position": "sinusoidal", "label_smoothing": 0.1, "max_z_loss": 0.1},
+    {"mlp": "geglu", "qkv_bias": True, "nope_every": 2, "sliding_window": 5},
 ]  # fmt: skip
 
 

@@ -204,12 +204,14 @@ def flops_per_token(model: GPT, T: int | None = None) -> int:
     """Floating-point operations to train on one token of a sequence of T (default block_size), for MFU.
 
     6 per weight that multiplies (2 forward, 4 backward), and 12·H·D·T per layer for QKᵀ and the sum over V, which by
-    convention counts the masked half too [PaLM, appendix B].
+    convention counts the masked half too [PaLM, appendix B]. Of a sliding window, only its keys count instead of T.
     """
     config = model.config
     weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("_emb.weight"))
     weights += config.vocab_size * config.n_embd if config.tie_embeddings else 0  # tied: used as the head
-    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * (T or config.block_size)
+    T = T or config.block_size
+    keys = min(T, config.sliding_window or T)
+    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * keys
 
 
 class Peak:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from model import GPT
+from model import GATED, GPT
 from training.device import Process, has_bfloat16
 
 
@@ -146,7 +146,7 @@ def stacked_rows(model: GPT) -> dict[str, list[int]]:
     """The weights that hold several matrices on top of each other, with each matrix's number of rows."""
     config = model.config
     stacks = {"qkv.weight": [config.head_dim * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]}
-    if config.mlp == "swiglu":
+    if config.mlp in GATED:
         stacks["up.weight"] = [config.mlp_dim, config.mlp_dim]
     return {n: rows for n, _ in model.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
 

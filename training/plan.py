@@ -121,9 +121,10 @@ class Job:
 
     def build(self, n_layer: int) -> GPT:
         """The model with so many blocks, ready to train, on the device of the context."""
-        config = replace(self.model, n_layer=n_layer)
-        if self.gpu and config.attention == "flash" and config.position == "alibi" and not config.dropout:
-            config = replace(config, position="none")  # the compiled kernel makes ALiBi's numbers as it needs them
+        config = replace(self.model, n_layer=n_layer, nope_every=0)  # a layer without RoPE takes a little less
+        if self.gpu and config.attention == "flash" and not config.dropout:  # the compiled kernel needs no (T, T) mask
+            config = replace(config, position="none" if config.position == "alibi" else config.position)
+            config.sliding_window = 0
         model = GPT(config)
         if self.lora:
             add_lora(model, self.lora)
@@ -365,7 +366,7 @@ def at_most(job: Job, weights: float) -> float:
     block = 24 * config.n_embd + 48 * heads + 16 * config.mlp_dim
     if job.lora:
         block += 32 * job.lora.rank
-    if config.attention == "math" or config.dropout or config.position == "alibi":
+    if config.attention == "math" or config.dropout or config.position == "alibi" or config.sliding_window:
         block += 8 * config.n_head * config.block_size
     token = 4 * (config.n_layer * block + 16 * config.n_embd + 8 * config.vocab_size)
     return HEAP * (40 * weights + token * job.config.batch_size * config.block_size) + 2**28
