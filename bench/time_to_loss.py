@@ -5,14 +5,15 @@
 Each run is the whole command a user would type, timed from start to exit, one after the other on an idle machine. Both
 final models are scored on the whole validation split, in the same consecutive windows. Without --gpu: nanoGPT's README
 recipe for a CPU against config/shakespeare_char_cpu.py; with --gpu: its config/train_shakespeare_char.py against
-config/shakespeare_char.py. Ours runs three times: with enough steps to pass nanoGPT's loss (--steps, and half as many
-again until it does), with as many as fit into nanoGPT's time, and as the config says; --short leaves out the last two.
-Without a clone nanoGPT does not run: the loss to pass is then the one that its README states. --plot X.svg draws the
-validation losses that both print on the way, at the second at which they print them (nanoGPT estimates it from a few
-batches, ours is that of the whole split).
+config/shakespeare_char.py. Ours runs twice: with enough steps to pass nanoGPT's loss (--steps, and half as many again
+until it does), and with as many as fit into nanoGPT's time; --short leaves out the second. Without a clone nanoGPT does
+not run: the loss to pass is then the one that its README states. --plot X.svg draws the validation losses that both
+print on the way, at the second at which they print them (nanoGPT estimates it from a few batches, ours is that of the
+whole split).
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -72,19 +73,28 @@ def timed(command: list[object], folder: Path) -> tuple[float, Curve]:
     return time.perf_counter() - begin, curve
 
 
-def draw(path: Path, curves: dict[str, Curve], machine: str) -> None:
-    """Plot validation losses against seconds on the machine."""
+def draw(path: Path, theirs: Curve, short: Curve, ours: Curve, machine: str) -> None:
+    """Plot validation losses against seconds: nanoGPT, our run that ends when it passes, and the one of equal time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 3.6))
-    for (name, curve), color in zip(curves.items(), ("#888888", "#c1432e"), strict=True):
-        axes.plot(*zip(*curve, strict=True), marker=".", color=color, label=name)
-        axes.annotate(f"{curve[-1][1]:.2f}", curve[-1], xytext=(6, -3), textcoords="offset points", color=color)
-    axes.set(xlabel=f"seconds since the command began, {machine}", ylabel="validation loss (nats per character)")
-    axes.set_ylim(1.45, 2.8)
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.8))
+    axes.axhline(theirs[-1][1], color="#888888", linewidth=0.8, linestyle=":")
+    runs = [
+        ("nanoGPT", theirs, "#888888", "-", (7, -8)),
+        ("plainGPT, stopped when it passes nanoGPT", short, "#2a6f97", "--", (-28, -22)),
+        ("plainGPT, a longer run", ours, "#c1432e", "-", (7, -8)),
+    ]
+    for name, curve, color, line, place in runs:
+        axes.plot(*zip(*curve, strict=True), line, marker=".", color=color, label=name)
+        seconds, loss = curve[-1]
+        axes.annotate(f"{loss:.2f}\n{seconds:.0f} s", (seconds, loss), xytext=place, textcoords="offset points",
+                      color=color, fontsize=9)  # fmt: skip
+    axes.set(xlabel=f"seconds since the command began ({machine})", ylabel="validation loss (nats per character)")
+    axes.set_ylim(1.4, 4.3)
+    axes.set_xlim(0, 1.1 * max(theirs[-1][0], ours[-1][0]))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -138,12 +148,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--gpu", action="store_true", help="the baby GPT on a CUDA GPU")
     parser.add_argument("--short", action="store_true", help="only the run that is to pass nanoGPT's loss")
-    parser.add_argument("--plot", type=Path, help="draw both runs' losses to this file (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="draw the runs' losses to this file (needs matplotlib)")
     parser.add_argument("--steps", type=int, help="steps of the short run; default 150, with --gpu 400")
     parser.add_argument("--tiny", action="store_true", help="tiny models for two steps: a check that all of it runs")
     arguments = parser.parse_args()
     if arguments.plot and (arguments.short or not arguments.nanogpt):
-        parser.error("--plot draws nanoGPT's run and that of the whole config: give --nanogpt, and no --short")
+        parser.error("--plot draws nanoGPT's run and ours of equal time: give --nanogpt, and no --short")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs the package matplotlib: pip install matplotlib")
     arguments.steps = arguments.steps or (2 if arguments.tiny else 400 if arguments.gpu else 150)
     return arguments
 
@@ -179,23 +191,22 @@ def main() -> None:
         while loss > goal and tries < TRIES:
             steps, tries = steps if tries == 0 else steps * 3 // 2, tries + 1
             options = [*ours_options, f"--max_iters={steps}", f"--eval_interval={steps}"]
-            seconds, _, model, per_step = run_ours(work, config, f"short{tries}", *options)
+            seconds, short_curve, model, per_step = run_ours(work, config, f"short{tries}", *options)
             loss = row(f"plainGPT, {steps} steps", model, seconds)
         if loss > goal:
             print(f"\nNone of {tries} runs passed nanoGPT's loss: give more --steps.", flush=True)
         if arguments.short:
             return
-        if theirs:
-            steps += int(0.97 * (theirs - seconds) / per_step)  # the same start-up and evaluations, more steps
-            # On a GPU the model overfits in that time: evaluate on the way and keep the best, as nanoGPT does.
-            options = [*ours_options, f"--max_iters={steps}", *([] if gpu else [f"--eval_interval={steps}"])]
-            seconds, _, model, _ = run_ours(work, config, "same", *options)
-            row(f"plainGPT, {steps} steps", model, seconds)
-        options = [*ours_options, *(["--eval_interval=100"] if arguments.plot else [])]
-        seconds, curve, model, _ = run_ours(work, config, "whole", *options)
-        row("plainGPT, the whole config", model, seconds)
+        if not theirs:
+            return
+        steps += int(0.97 * (theirs - seconds) / per_step)  # the same start-up and evaluations, more steps
+        # On a GPU the model overfits in that time: evaluate on the way and keep the best, as nanoGPT does.
+        often = 100 if arguments.plot else steps
+        options = [*ours_options, f"--max_iters={steps}", *([] if gpu else [f"--eval_interval={often}"])]
+        seconds, curve, model, _ = run_ours(work, config, "same", *options)
+        row(f"plainGPT, {steps} steps", model, seconds)
         if arguments.plot:
-            draw(arguments.plot, {"nanoGPT": their_curve, "plainGPT": curve}, machine)
+            draw(arguments.plot, their_curve, short_curve, curve, machine)
 
 
 if __name__ == "__main__":
