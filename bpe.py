@@ -35,7 +35,7 @@ EOT = "<|endoftext|>"
 SPECIAL_TOKENS = (EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # the last four are for conversations
 
 FORMAT = "plaingpt-bpe"
-VERSION = 2  # version 1 has no matched_tokens and eot; a vocabulary without them is still written as 1
+VERSION = 3  # version 1 has no matched_tokens and eot, version 2 no bos; the oldest that suffices is written
 LARGEST_ID = (1 << 31) - 1
 LONG = 1 << 18  # characters; on shorter texts no named pattern exceeds the limits of tiktoken's regular expressions
 
@@ -53,21 +53,23 @@ class BPE:
     special_tokens: {spelling: id} of tokens that `encode` never produces, so no text can forge them.
     matched_tokens: {spelling: id} of tokens that replace their spelling in a text before it is cut into chunks; of
     several at one place the longest (Hugging Face: added tokens that are not special).
-    eot: the special token that ends a document; None if there is none.
+    eot: the special token that ends a document; None if there is none. bos: the one that begins it, where another does.
     Raises ValueError if the merges and ids do not make a vocabulary.
     """
 
     def __init__(
         self, pattern: str, merges: list[tuple[int, int]], special_tokens: dict[str, int],
         alphabet: bytes = bytes(range(256)), first_id: int = 0, *,
-        matched_tokens: dict[str, int] | None = None, eot: str | None = EOT,
+        matched_tokens: dict[str, int] | None = None, eot: str | None = EOT, bos: str | None = None,
     ):  # fmt: skip
         self.pattern, self.merges, self.special_tokens = pattern, merges, special_tokens
         self.alphabet, self.first_id = alphabet, first_id
         self.matched_tokens = matched_tokens or {}
         if eot not in special_tokens and eot not in (EOT, None):
             raise ValueError(f"the end token {eot!r} is not among the special tokens: {', '.join(special_tokens)}")
-        self.eot = eot if eot in special_tokens else None
+        if bos is not None and bos not in special_tokens:
+            raise ValueError(f"the first token {bos!r} is not among the special tokens: {', '.join(special_tokens)}")
+        self.eot, self.bos = eot if eot in special_tokens else None, bos
         if sorted(alphabet) != list(range(256)):
             raise ValueError("the alphabet must hold each of the 256 bytes once")
         tokens = [bytes([byte]) for byte in alphabet]
@@ -165,8 +167,11 @@ class BPE:
         default_eot = EOT if EOT in self.special_tokens else None
         more: dict[str, object] = {"matched_tokens": self.matched_tokens} if self.matched_tokens else {}
         more |= {"eot": self.eot} if self.eot != default_eot else {}
+        version = 2 if more else 1
+        if self.bos is not None:
+            more, version = more | {"bos": self.bos}, VERSION
         return with_checksum({
-            "format": FORMAT, "version": VERSION if more else 1,
+            "format": FORMAT, "version": version,
             "pattern": self.pattern, "special_tokens": self.special_tokens, "first_id": self.first_id,
             "alphabet": list(self.alphabet), "merges": [f"{left} {right}" for left, right in self.merges],
         } | more)  # fmt: skip
@@ -195,7 +200,7 @@ class BPE:
     def _from_fields(cls, content: dict, path: str | os.PathLike) -> "BPE":
         """Do the rest of `from_content`, for content with the right checksum: its fields may still have wrong types."""
         types = {"pattern": str, "special_tokens": dict, "first_id": int, "alphabet": list, "merges": list}
-        optional = {"matched_tokens": dict, "eot": str}
+        optional = {"matched_tokens": dict, "eot": str, "bos": str}
         for name, kind in (types | {name: kind for name, kind in optional.items() if name in content}).items():
             if type(content.get(name)) is not kind and (name, content.get(name)) != ("eot", None):
                 raise ValueError(f"{path}: {name!r} must be a {kind.__name__}, not {content.get(name)!r:.60}")
@@ -211,7 +216,7 @@ class BPE:
         try:
             return cls(
                 content["pattern"], merges, content["special_tokens"], alphabet, content["first_id"],
-                matched_tokens=content.get("matched_tokens"), eot=content.get("eot", EOT),
+                matched_tokens=content.get("matched_tokens"), eot=content.get("eot", EOT), bos=content.get("bos"),
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path} is no vocabulary: {error}") from None

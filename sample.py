@@ -39,9 +39,10 @@ from decoding.prompt import (
 )
 from decoding.score import log_likelihood
 from decoding.stream import Token, generate, prompt_tokens, stream
-from decoding.text import Text, note, read_stops, show
+from decoding.text import Text, note, read_stops, show, text_of
 from runs.run import Run
 from text.chat import Template
+from text.tokenizer import start_id
 from training.device import DTYPES, pick_device, pick_dtype
 
 __all__ = ["Hypothesis", "beam_search", "generate", "stream"]
@@ -249,7 +250,7 @@ def draw(
     model: TextModel, config: SampleConfig, prompts: list[Prompt], seed: int, live: bool
 ) -> list[tuple[str, str, list[Token]]]:
     """Sample one text per prompt: (text, reason for ending, tokens). live: print the first while it is generated."""
-    texts = [Text(model.tokenizer, config.stops()) for _ in prompts]
+    texts = [Text(model.tokenizer, config.stops(), prompt.begins) for prompt in prompts]
     rows: list[list[Token]] = [[] for _ in texts]
 
     def ends(i: int, token: int) -> bool:
@@ -293,7 +294,8 @@ def write_beams(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -
 def write_beam(model: TextModel, config: SampleConfig, prompt: Prompt, rank: int, beam: Hypothesis) -> None:
     """Print one text of beam search; rank: 1 for the best text of its prompt."""
     finish = "eos" if beam.tokens[-1] == model.eos_id else "length"
-    text = model.tokenizer.decode(beam.tokens[:-1] if finish == "eos" else beam.tokens)
+    tokens = beam.tokens[:-1] if finish == "eos" else beam.tokens
+    text = text_of(model.tokenizer, tokens, prompt.begins)
     if config.json:
         print_json(prompt, text, finish, beam.tokens, beam.logprobs, score=beam.score)
         return
@@ -323,7 +325,7 @@ def print_json(prompt: Prompt, text: str, finish: str, tokens: list[int], logpro
 def write_score(model: TextModel, config: SampleConfig, text: str) -> None:
     """Print the log-likelihood of a text, its perplexity per token, and its bits per byte, which compare tokenizers."""
     tokens = prompt_tokens(model.tokenizer, text)
-    given = 0 if model.tokenizer.eot_id is not None else len(model.tokenizer.bytes_of(tokens[0]))  # not predicted
+    given = 0 if start_id(model.tokenizer) is not None else len(model.tokenizer.bytes_of(tokens[0]))  # not predicted
     counted = len(text.encode()) - given
     if len(tokens) < 2 or counted < 1:
         raise ValueError(f"{config.score} holds too little text to score")

@@ -175,7 +175,7 @@ def obey(said: Conversation, line: str) -> bool:
 
 def answer(model: TextModel, prompt: Prompt, stops: list[str], max_new_tokens: int, **drawing) -> str:
     """Print one answer while it is generated, and return it; Ctrl-C ends it early."""
-    text, length = Text(model.tokenizer, stops), len(prompt.tokens)
+    text, length = Text(model.tokenizer, stops, prompt.begins), len(prompt.tokens)
 
     def ends(_: int, token: int) -> bool:
         show(text.add(token), end="")

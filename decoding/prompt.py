@@ -54,6 +54,7 @@ class Prompt:
     question: Question
     tokens: list[int]
     shown: str  # the text to print before the model's
+    begins: bool  # whether the model's text is one of its own, and does not continue the prompt's
 
 
 def read_text(path: str, what: str) -> str:
@@ -173,11 +174,12 @@ def make_prompt(model: TextModel, question: Question, system: str = "") -> Promp
     fields = question.fields
     if model.template is not None:
         tokens, _ = model.template.render(conversation(fields, system), reply=True)
-        return Prompt(question, tokens, shown="")
+        return Prompt(question, tokens, shown="", begins=True)
     if "messages" in fields or fields.get("system", system):
         raise ValueError("this is a base model, which continues a text and knows no messages, the system's included: "
                          "give it a prompt alone, or fine-tune it first")  # fmt: skip
-    return Prompt(question, prompt_tokens(model.tokenizer, fields["prompt"]), shown=fields["prompt"])
+    text = fields["prompt"]
+    return Prompt(question, prompt_tokens(model.tokenizer, text), shown=text, begins=text == "")
 
 
 def conversation(fields: dict, system: str) -> list[Message]:

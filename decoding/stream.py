@@ -18,7 +18,7 @@ from decoding.cache import KVCache
 from decoding.fast import next_step
 from decoding.kernels import read_tokens
 from model import GPT
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, start_id
 
 DRAWN = 1024  # random numbers that are drawn at once for each row
 
@@ -92,12 +92,13 @@ def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Encode the prompt as the beginning of a document: after the end-of-text token if the tokenizer has one.
+    """Encode the prompt as the beginning of a document: after the tokenizer's BOS or end-of-text token, if it has one.
 
     Raises ValueError for a character that the tokenizer lacks.
     """
-    if tokenizer.eot_id is not None:
-        return [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    start = start_id(tokenizer)
+    if start is not None:
+        return [start, *tokenizer.encode(prompt)]
     try:
         return tokenizer.encode(prompt or "\n")
     except ValueError:

@@ -16,10 +16,13 @@ class Text:
     Two things are held back until more tokens decide: the bytes of an incomplete character, and text that may be the
     beginning of a stop string. So a stop string is found even if it spans several tokens, and is never shown in part.
     Example: with the stop string "\\nQ", add returns "" for "\\n", and then "\\nA" for "A".
+    begins: whether the tokens begin a text of their own, and do not continue one. If the tokenizer puts a space before
+    every text, that space is then left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], begins: bool = False):
         self.tokenizer, self.stops = tokenizer, stops
+        self.drops_space = begins and tokenizer.adds_space
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text = ""  # the text without what is held back
         self.held = ""  # text that may be the beginning of a stop string
@@ -27,7 +30,10 @@ class Text:
 
     def add(self, token: int) -> str:
         """Add the next token; return the new text that is no longer held back."""
-        held = self._search(self.decoder.decode(self.tokenizer.bytes_of(token)))
+        found = self.tokenizer.bytes_of(token)
+        if self.drops_space:
+            found, self.drops_space = found.removeprefix(b" "), False
+        held = self._search(self.decoder.decode(found))
         begun = [n for stop in self.stops for n in range(len(stop)) if held.endswith(stop[:n])]
         prefix = 0 if self.stopped else max(begun, default=0)
         return self._settle(held[: len(held) - prefix], held[len(held) - prefix :])
@@ -46,6 +52,15 @@ class Text:
     def _settle(self, text: str, held: str) -> str:
         self.text, self.held = self.text + text, held
         return text
+
+
+def text_of(tokenizer: Tokenizer, tokens: list[int], begins: bool) -> str:
+    """Return the text of new tokens. Unlike `tokenizer.decode`, it keeps a space at its beginning; begins: see Text."""
+    text = Text(tokenizer, [], begins)
+    for token in tokens:
+        text.add(token)
+    text.end()
+    return text.text
 
 
 def read_stops(option: str) -> list[str]:

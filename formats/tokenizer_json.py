@@ -21,6 +21,7 @@ from bpe import BPE, EOT
 from common import cli
 from common.files import read_json, write_whole
 from text.chunks import PATTERNS, check_expression
+from text.foreign import BYTE_OF, byte_characters, steps_of
 from text.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer, load_tokenizer
 
 # Hugging Face uses Ruby's regular expressions, where {1,3}+ repeats {1,3} and is not a possessive quantifier.
@@ -29,22 +30,17 @@ RUBY_PATTERNS = {name: pattern.replace("{1,3}+", "{1,3}") for name, pattern in P
 DROPPABLE = ("post_processor", "truncation", "padding")  # parts of a tokenizer.json that do more than encode a text
 
 
-def byte_characters() -> dict[int, str]:
-    """Return how tokenizer.json spells each byte: visible Latin-1 as itself, the others as U+0100 and following."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-BYTE_OF = {character: byte for byte, character in byte_characters().items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
 
 
 def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
-    """Write the vocabulary as a tokenizer.json of Hugging Face tokenizers, with the same ids.
+    """Write the vocabulary as a tokenizer.json of Hugging Face tokenizers; see `tokenizer_json`."""
+    write_whole(path, json.dumps(tokenizer_json(bpe), ensure_ascii=False, indent=1))
+
+
+def tokenizer_json(bpe: BPE) -> dict:
+    """Return the content of a tokenizer.json of Hugging Face tokenizers with the same ids.
 
     tiktoken, which encodes here, merges any two neighbours that together are a token. To make Hugging Face do the same,
     every way to cut a token in two becomes a merge: "abc" gives the merges (a, bc) and (ab, c), if "bc" and "ab" are
@@ -63,20 +59,34 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
     pattern = RUBY_PATTERNS.get(bpe.pattern, bpe.pattern)
     if reason := means_something_else(pattern):
         raise ValueError(f"the pattern {pattern!r} means something else in a tokenizer.json: {reason}")
-    tokens, merges = list(bpe.ranks), []
-    for token, (left, _) in zip(tokens[256:], bpe.merges, strict=True):
-        learned = len(tokens[left - bpe.first_id])  # the learned cut comes first, so that `import` finds it
-        for cut in sorted(range(1, len(token)), key=lambda cut: cut != learned):
-            if token[:cut] in spell and token[cut:] in spell:
-                merges.append((spell[token[:cut]], spell[token[cut:]]))
+    tokens = list(bpe.ranks)
+    learned = {
+        token: len(tokens[left - bpe.first_id]) for token, (left, _) in zip(tokens[256:], bpe.merges, strict=True)
+    }
+    merges = [(spell[left], spell[right]) for left, right in all_cuts(bpe.ranks, learned)]
+    added = [added_token(name, id, name in bpe.special_tokens) for name, id in named.items()]
+    return byte_level_json(pattern, vocab, merges, sorted(added, key=lambda token: token["id"]))
+
+
+def all_cuts(ranks: dict[bytes, int], first: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield every cut of each token in two tokens. first: the length of the left part that comes first."""
+    for token in ranks:
+        for cut in sorted(range(1, len(token)), key=lambda cut: cut != first.get(token)):
+            if token[:cut] in ranks and token[cut:] in ranks:
+                yield token[:cut], token[cut:]
+
+
+def added_token(name: str, id: int, special: bool) -> dict:
+    """Return an entry of a tokenizer.json's added_tokens."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": id, "content": name, **plain, "special": name in bpe.special_tokens}
-        for name, id in sorted(named.items(), key=lambda item: item[1])
-    ]
+    return {"id": id, "content": name, **plain, "special": special}
+
+
+def byte_level_json(pattern: str, vocab: dict[str, int], merges: list, added: list[dict]) -> dict:
+    """Return the content of a tokenizer.json of byte-level BPE that cuts text by the regular expression `pattern`."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    content = {
+    return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
@@ -86,7 +96,6 @@ def export_tokenizer_json(bpe: BPE, path: str | os.PathLike) -> None:
             "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def vocabulary_of(tokenizer: Tokenizer, path: str | os.PathLike) -> BPE:
@@ -100,7 +109,7 @@ def vocabulary_of(tokenizer: Tokenizer, path: str | os.PathLike) -> BPE:
         case ExtendedTokenizer(base=BPETokenizer(bpe=bpe)):
             return BPE(
                 bpe.pattern, bpe.merges, tokenizer.special_tokens, bpe.alphabet, bpe.first_id,
-                matched_tokens=bpe.matched_tokens, eot=bpe.eot,
+                matched_tokens=bpe.matched_tokens, eot=bpe.eot, bos=bpe.bos,
             )  # fmt: skip
     kind = "a char tokenizer, which has no merges"
     if tokenizer.name != "char":
@@ -128,7 +137,13 @@ def import_tokenizer_json(path: str | os.PathLike, eot: str | None = None, drop:
     drop: the parts of DROPPABLE to ignore; without it, a file with such a part is an error.
     Raises ValueError for other kinds of tokenizers, and for a setting under which bpe.py would give other ids.
     """
-    content = read_json(path, "a tokenizer.json")
+    return vocabulary_from(read_json(path, "a tokenizer.json"), path, eot, drop)
+
+
+def vocabulary_from(
+    content: dict, path: str | os.PathLike, eot: str | None = None, drop: Iterable[str] = (), bos: str | None = None
+) -> BPE:
+    """Do what `import_tokenizer_json` does, for the content of the file; path is for messages only."""
     try:
         _check_kind(content, path)
         for name in DROPPABLE:
@@ -153,7 +168,7 @@ def import_tokenizer_json(path: str | os.PathLike, eot: str | None = None, drop:
         check_expression(PATTERNS.get(pattern, pattern))
         return BPE(
             pattern, learned, special, b"".join(tokens[:256]), first,
-            matched_tokens=matched, eot=EOT if eot is None else eot,
+            matched_tokens=matched, eot=EOT if eot is None else eot, bos=bos,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -190,15 +205,6 @@ def _check_kind(content: dict, path: str | os.PathLike) -> None:
     if changes := steps_of(content.get("normalizer"), "normalizers"):
         names = ", ".join(step["type"] for step in changes)
         raise ValueError(f"{path} changes the text before it encodes it ({names}), which encoding here does not")
-
-
-def steps_of(step: dict | None, inner: str) -> list[dict]:
-    """Return the steps of a (nested) Sequence as a flat list; inner: the key of a Sequence's list. [] for None."""
-    if step is None:
-        return []
-    if step["type"] != "Sequence":
-        return [step]
-    return [single for part in step[inner] for single in steps_of(part, inner)]
 
 
 def addition(name: str, setting: dict | None) -> str:

@@ -12,7 +12,7 @@ ONE_OF_EACH = [("train", "ab"), ("val", "ab")]
 class CountingTokenizer:
     """Tokens are the texts' own numbers, so that a corpus can be any sequence of ids."""
 
-    name, eot_id, special_tokens = "counting", None, {}
+    name, eot_id, bos_id, adds_space, special_tokens = "counting", None, None, False, {}
 
     def __init__(self, vocab_size=100_000):
         self.vocab_size = vocab_size

@@ -61,6 +61,8 @@ def test_stop_strings_are_found_across_tokens_and_never_shown_in_part(tiny_encod
 class BytePairs:
     """A tokenizer whose tokens end within characters."""
 
+    adds_space = False
+
     def bytes_of(self, token):
         return [b"a", b" \xe4", b"\xb8\x96", b"\x80", b"\xc3", b"\xa9"][token]
 

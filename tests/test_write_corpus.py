@@ -85,9 +85,10 @@ def test_cutting_a_long_document_does_not_change_its_tokens(tmp_path, tiny_encod
 def test_text_without_a_good_place_to_cut_is_cut_all_the_same(text, monkeypatch):
     monkeypatch.setattr(tokenise, "PIECE", 64)
     pieces = list(tokenise.pieces([("train", text), ("val", ""), ("val", iter(["", "b", ""]))]))
-    assert "".join(piece for split, piece, _ in pieces if split == "train") == text
-    assert all(1 <= len(piece) <= 64 for _, piece, _ in pieces)
-    assert [ends for _, _, ends in pieces] == [False] * (len(pieces) - 2) + [True, True]
+    assert "".join(piece for split, piece, *_ in pieces if split == "train") == text
+    assert all(1 <= len(piece.text) <= 64 for piece in pieces)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 2) + [True, True]
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 2) + [True]
     assert pieces[-1] == ("val", "b", True)
 
 

@@ -10,7 +10,7 @@ tokens. If a message spells one out, it is encoded as ordinary text, so no messa
 
 from typing import Literal, NotRequired, TypedDict, get_args
 
-from text.tokenizer import ExtendedTokenizer, Tokenizer
+from text.tokenizer import ExtendedTokenizer, Tokenizer, start_id
 
 Role = Literal["system", "user", "assistant"]
 
@@ -50,8 +50,8 @@ class Template:
         Raises BadConversation for messages that `check` refuses, ValueError for text the tokenizer cannot encode.
         """
         check(messages, reply)
-        eot = self.tokenizer.eot_id
-        tokens, mask = ([], []) if eot is None else ([eot], [0])
+        start = start_id(self.tokenizer)
+        tokens, mask = ([], []) if start is None else ([start], [0])
         for message in messages:
             words = [*self.tokenizer.encode(message["content"]), self.end_id]
             learned = message["role"] == "assistant" and message.get("weight", 1) == 1

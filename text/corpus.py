@@ -52,8 +52,9 @@ def write_corpus(
 ) -> dict:
     """Tokenise `documents` into a corpus in `folder`; returns the content of meta.json.
 
-    The tokenizer's eot_id, if it has one, follows each document; empty documents are left out. The files do not depend
-    on `workers` (default: one per CPU). total_bytes: size of the text, if known, for the progress bar.
+    The tokenizer's bos_id and eot_id, if it has them, stand around each document; empty documents are left out. The
+    files do not depend on `workers` (default: one per CPU). total_bytes: size of the text, if known, for the progress
+    bar.
     An old corpus in `folder` stays until the new one is complete. Raises ValueError if a split is empty or the
     tokenizer does not reproduce a text, and as `hold_for_writing` does; WriteError if a file cannot be written.
     """

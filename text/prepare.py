@@ -67,7 +67,7 @@ def add_vocab_size(parser, default: int | None, shown: int | None = None) -> Non
 
 def learned_tokenizer(documents: Iterable[Document], vocab_size: int, workers: int | None = None) -> BPETokenizer:
     """Learn a vocabulary from the training documents with bpe.py."""
-    texts = (text for split, text, _ in pieces(documents) if split == "train")
+    texts = (text for split, text, *_ in pieces(documents) if split == "train")
     return BPETokenizer(bpe.train(texts, vocab_size, workers=workers, progress=True))
 
 

@@ -23,6 +23,7 @@ class Piece(NamedTuple):
     split: str
     text: str
     ends: bool  # whether the document ends with this piece
+    begins: bool  # whether it begins with this piece
 
 
 class Encoded(NamedTuple):
@@ -37,20 +38,24 @@ class Encoded(NamedTuple):
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int | None
 ) -> Iterator[dict[str, Encoded]]:
-    """Yield {split: Encoded} of each task, in order; each document ends with the tokenizer's eot_id, if it has one."""
+    """Yield {split: Encoded} of each task, in order.
+
+    Each document begins with the tokenizer's bos_id and ends with its eot_id, where it has them.
+    """
     return parallel_map(partial(encode, tokenizer, dtype), tasks(pieces(documents)), workers)
 
 
 def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
     """Cut the documents into pieces, and leave out empty documents."""
     for split, text in documents:
-        last = ""
+        last, begins = "", True
         for block in blocks(parts_of(text), PIECE):
             if last:
-                yield Piece(split, last, False)
+                yield Piece(split, last, False, begins)
+                begins = False
             last = block
         if last:
-            yield Piece(split, last, True)
+            yield Piece(split, last, True, begins)
 
 
 def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -71,9 +76,13 @@ def encode(tokenizer: Tokenizer, dtype: np.dtype, task: list[Piece]) -> dict[str
     result = {}
     for split in dict.fromkeys(piece.split for piece in task):
         arrays, size, documents, spelled = [], 0, 0, Counter()
-        for _, text, ends in (piece for piece in task if piece.split == split):
-            ids = tokenizer.encode(text)
-            check_round_trip(text, tokenizer.decode(ids))
+        for _, text, ends, begins in (piece for piece in task if piece.split == split):
+            # The space before a later piece, where the document was cut, is the one that the tokenizer adds itself.
+            encoded = text.removeprefix(" ") if tokenizer.adds_space and not begins else text
+            ids = tokenizer.encode(encoded)
+            check_round_trip(encoded, tokenizer.decode(ids))
+            if begins and tokenizer.bos_id is not None:
+                ids.insert(0, tokenizer.bos_id)
             if ends and tokenizer.eot_id is not None:
                 ids.append(tokenizer.eot_id)
             arrays.append(np.array(ids, dtype=dtype))

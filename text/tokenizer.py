@@ -1,7 +1,9 @@
-"""Text to token ids and back, by characters, a vocabulary of bpe.py or an encoding of tiktoken: one interface.
+"""Text to token ids and back, by characters, a vocabulary of bpe.py, tiktoken or foreign.py: one interface.
 
 Every tokenizer here has `name`, `vocab_size`, `special_tokens` (spelling → id), `eot_id` (the id of the token that ends
-a document, or None), `encode(text)`, `decode(ids)`, `bytes_of(id)`, `content()` and `save(folder)`. `encode` treats
+a document, or None), `bos_id` (the id of a token of its own that begins a document, or None), `adds_space` (whether
+`encode` puts a space before every text), `encode(text)`, `decode(ids)` (of a whole text), `bytes_of(id)`, `content()`
+and `save(folder)`. Prompts and documents begin with `start_id(tokenizer)`: the bos_id, else the eot_id. `encode` treats
 a special token that is spelled out in the text as ordinary text, so no document can forge the end of a document.
 `load_tokenizer` reads what `save` wrote: plain JSON with a checksum.
 """
@@ -16,12 +18,13 @@ import numpy as np
 from bpe import BPE, EOT, encode_ordinary, with_checksum, without_checksum
 from common.files import read_json, write_json
 from common.textfile import check_text
-
-FILE_NAME = "tokenizer.json"
+from text.foreign import FILE_NAME, HubTokenizer, SentencePieceTokenizer, checked_ids, sentencepiece_from_base64
 
 
 class CharTokenizer:
     """One id per character, in sorted order; with `eot`, one more id at the end for <|endoftext|>."""
+
+    bos_id, adds_space = None, False
 
     def __init__(self, characters: Iterable[str], eot: bool):
         self.characters = "".join(sorted(set(characters)))
@@ -49,7 +52,7 @@ class CharTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` (a list, an array, a tensor), in which <|endoftext|> is spelled out."""
-        return "".join(map(self._spellings.__getitem__, _checked(ids, self.vocab_size)))
+        return "".join(map(self._spellings.__getitem__, checked_ids(ids, self.vocab_size)))
 
     def bytes_of(self, token: int) -> bytes:
         return self._spellings[token].encode("utf-8", "surrogatepass")
@@ -63,6 +66,8 @@ class CharTokenizer:
 
 class TiktokenTokenizer:
     """An encoding of tiktoken by name: 'gpt2', 'cl100k_base', 'o200k_base', ..., or one of an installed plug-in."""
+
+    bos_id, adds_space = None, False
 
     def __init__(self, name: str):
         import tiktoken  # here, as it takes a moment and character-level runs do not need it
@@ -90,7 +95,7 @@ class TiktokenTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` (a list, an array, a tensor); bytes that are not UTF-8 become U+FFFD."""
-        return _decoded(self._encoding, _checked(ids, self.vocab_size))
+        return _decoded(self._encoding, checked_ids(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
         return _bytes_of(self._encoding, token)
@@ -105,10 +110,12 @@ class TiktokenTokenizer:
 class BPETokenizer:
     """A vocabulary that bpe.py learned, or that was imported."""
 
+    adds_space = False
+
     def __init__(self, bpe: BPE):
         self.bpe, self.name, self.vocab_size = bpe, "bpe", bpe.vocab_size
         self.special_tokens = bpe.special_tokens
-        self.eot_id = bpe.special_tokens.get(bpe.eot)
+        self.eot_id, self.bos_id = bpe.special_tokens.get(bpe.eot), bpe.special_tokens.get(bpe.bos)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, in which no special token is recognised."""
@@ -116,7 +123,7 @@ class BPETokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` (a list, an array, a tensor); bytes that are not UTF-8 become U+FFFD."""
-        return _decoded(self.bpe.encoding, _checked(ids, self.vocab_size))
+        return _decoded(self.bpe.encoding, checked_ids(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
         return _bytes_of(self.bpe.encoding, token)
@@ -128,16 +135,20 @@ class BPETokenizer:
         self.bpe.save(Path(folder) / FILE_NAME)
 
 
+Unextended = CharTokenizer | TiktokenTokenizer | BPETokenizer | HubTokenizer | SentencePieceTokenizer
+
+
 class ExtendedTokenizer:
     """Another tokenizer with special tokens added after its last id."""
 
-    def __init__(self, base: "CharTokenizer | TiktokenTokenizer | BPETokenizer", added: list[str]):
+    def __init__(self, base: Unextended, added: list[str]):
         for name in added:
             if not check_text(name) or name in base.special_tokens or added.count(name) > 1:
                 raise ValueError(f"the added special token {name!r} is empty, or there is already one of that name")
         self.base, self.added, self.name = base, added, base.name
         self.special_tokens = base.special_tokens | {name: base.vocab_size + i for i, name in enumerate(added)}
-        self.vocab_size, self.eot_id = base.vocab_size + len(added), base.eot_id
+        self.vocab_size, self.eot_id, self.bos_id = base.vocab_size + len(added), base.eot_id, base.bos_id
+        self.adds_space = base.adds_space
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, in which no special token is recognised."""
@@ -146,7 +157,7 @@ class ExtendedTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, in which the added tokens are spelled out."""
         text, ordinary = "", []
-        for token in _checked(ids, self.vocab_size):
+        for token in checked_ids(ids, self.vocab_size):
             if token < self.base.vocab_size:
                 ordinary.append(token)
             else:
@@ -164,7 +175,12 @@ class ExtendedTokenizer:
         write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 
-Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer
+Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer | HubTokenizer | SentencePieceTokenizer
+
+
+def start_id(tokenizer: Tokenizer) -> int | None:
+    """Return the token with which prompts and documents begin: the bos_id, else the eot_id, else None."""
+    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -199,6 +215,12 @@ def _from_content(content: object, path: Path) -> Tokenizer:
         case {"kind": "extended", "base": dict(base), "special_tokens": list(added), **rest} if not rest:
             if base.get("kind") != "extended" and all(isinstance(name, str) for name in added):
                 return ExtendedTokenizer(_from_content(base, path), added)
+        case {"kind": "hub", "tokenizer": dict(file), "eot": str() | None, "bos": str() | None, **rest} if not rest:
+            return HubTokenizer(file, content["eot"], content["bos"])
+        case {"kind": "sentencepiece", "model": str(model), "eot": str() | None, "bos": str() | None, **rest} if not (
+            rest
+        ):
+            return sentencepiece_from_base64(model, content["eot"], content["bos"])
     hint = ""
     if isinstance(content, dict) and "model" in content:
         hint = "; for Hugging Face's: python -m formats.tokenizer_json import"
@@ -245,12 +267,3 @@ def _bytes_of(encoding, token: int) -> bytes:
         return encoding.decode_single_token_bytes(token)
     except KeyError:
         return b"\xff"  # decodes to U+FFFD
-
-
-def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """Return `ids` as a list of ints. Raises ValueError for an id outside the vocabulary."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else [int(token) for token in ids]
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise ValueError(f"token {wrong} is outside this tokenizer's vocabulary, 0 to {vocab_size - 1}")
-    return ids
