@@ -90,7 +90,8 @@ def new_run(start: Start, config: TrainConfig, sft: FinetuneConfig, model_config
     if start.resumes:
         lora, base_checkpoint = start.resumes.lora, start.resumes.base_checkpoint
     settings = asdict(config) | asdict(sft)
-    return Run(Path(config.out_dir), model_config, settings, "sft", True, lora, base_checkpoint)
+    run = Run(Path(config.out_dir), model_config, settings, "sft", True, lora, base_checkpoint)
+    return run.with_template_of(start.resumes or start.source)
 
 
 def about(data: Conversations, config: TrainConfig, trained: int, source: Path) -> list[str]:
@@ -108,7 +109,7 @@ def main() -> None:
     start, config, sft, model_config = configure(argv)
     if options.plan:
         return print(plan_finetuning(start, config, sft, model_config, options))
-    template = Template((start.resumes or start.source).tokenizer)
+    template = (start.resumes or start.source).template()
     data = load_conversations(config.dataset, template, model_config.block_size)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
     try:

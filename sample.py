@@ -41,7 +41,6 @@ from decoding.score import log_likelihood
 from decoding.stream import Token, generate, prompt_tokens, stream
 from decoding.text import Text, note, read_stops, show, text_of
 from runs.run import Run
-from text.chat import Template
 from text.tokenizer import start_id
 from training.device import DTYPES, pick_device, pick_dtype
 
@@ -172,7 +171,7 @@ def open_model(config: SampleConfig) -> TextModel:
         gpt = speed_up(gpt, config.rows(), config.quantize)
     if not run.fine_tuned:
         return TextModel(gpt, tokenizer, None)
-    template = Template(tokenizer)
+    template = run.template()
     if template.tokenizer is not tokenizer:
         raise ValueError(f"{config.out_dir}: its tokenizer lacks the tokens of conversations, so it is not the one "
                          "that this model was fine-tuned with")  # fmt: skip

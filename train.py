@@ -354,6 +354,7 @@ def main() -> None:
         model = start.model(model_config, config.seed)
         fine_tuned = start.source is not None and start.source.fine_tuned
         run = Run(Path(config.out_dir), model.config, asdict(config), "pretrain", fine_tuned)
+        run = run.with_template_of(start.source)
         train_or_evaluate(run, start, model, task, config, process, [*warnings, summary(corpus)])
     finally:
         stop_process(process)

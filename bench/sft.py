@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 from model import GPT, IGNORE, GPTConfig  # noqa: E402
 from runs.run import Run, model_to_fine_tune  # noqa: E402
 from tasks.packing import Rows, make_examples  # noqa: E402
-from text.chat import Template  # noqa: E402
 from text.conversations import read_conversations  # noqa: E402
 from training.lora import TARGETS, LoraConfig, add_lora  # noqa: E402
 
@@ -95,7 +94,7 @@ def main() -> None:
     if args.memory is not None:
         return measure_memory(args.memory)
     run = Run.open(args.init_from)
-    template = Template(run.tokenizer)
+    template = run.template()
     T = run.model_config.block_size
     train_set, val_set = (
         make_examples(list(read_conversations(Path(args.dataset) / f"{split}.jsonl")), template, T).examples

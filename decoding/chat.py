@@ -113,7 +113,10 @@ class Conversation:
             note("this is a base model, which knows no system message: go on with its text instead")
             return
         self.system = text
-        note("the system message is set" if text else "there is no system message now")
+        without = "there is no system message now"
+        if self.model.template.default_system:
+            without = "the system message is the model's own again"
+        note("the system message is set" if text else without)
 
 
 def chat(model: TextModel, system: str, stops: list[str], max_new_tokens: int, **drawing) -> None:

@@ -16,7 +16,8 @@ from common.config import build
 from common.files import checksum, read_json, write_json
 from model import GPT, GPTConfig
 from runs.checkpoint import find_checkpoint, list_checkpoints, load_weights, number_of_weights, verify
-from text.chat import TOKENS
+from text.chat import Template
+from text.styles import PLAINGPT, STYLES, TOKENS
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.lora import LoraConfig, add_lora, merge_lora
@@ -47,6 +48,8 @@ class Run:
     lora: LoraConfig | None = None
     base_checkpoint: str = ""  # the checkpoint in base/, for a run with LoRA
     origin: Origin = Origin()
+    chat_style: str = PLAINGPT  # the style of the chat template, of text/styles.py
+    default_system: str = ""  # the system message of conversations that have none
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -78,22 +81,31 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{path} does not describe a model: {str(error).splitlines()[0]}") from None
         settings, chat = dict(content["train"]), content.get("chat")
-        lora = None if chat is None else dict(chat)["lora"]
+        lora, style, system = None, PLAINGPT, ""
+        if chat is not None:  # older files have one style only, our own
+            lora, style, system = chat["lora"], chat.get("style", style), chat.get("default_system", system)
+        if style not in STYLES or not isinstance(system, str):
+            raise ValueError(f"{path}: the chat style {style!r} is not known here: {', '.join(STYLES)}")
         origin = content.get("origin", {"source": settings.get("init_from", SCRATCH)})
         task = content.get("task", "pretrain" if chat is None else "sft")
         if task not in ("pretrain", "sft"):
             raise ValueError(f"{path}: task {task!r} is not known here: pretrain, sft")
         base = "" if lora is None else str(lora["checkpoint"])
-        return cls(folder, model_config, settings, task, chat is not None, _lora_of(lora, path), base, Origin(**origin))
+        fine_tuned, lora_config = chat is not None, _lora_of(lora, path)
+        return cls(
+            folder, model_config, settings, task, fine_tuned, lora_config, base, Origin(**origin), style, system
+        )  # fmt: skip
 
     def save(self) -> None:
         """Write config.json, with a checksum."""
-        lora = None
+        lora = chat = None
         if self.lora:
             lora = asdict(self.lora) | {"checkpoint": self.base_checkpoint}
+        if self.fine_tuned:
+            chat = {"lora": lora, "style": self.chat_style, "default_system": self.default_system}
         content = FORMAT | {
             "task": self.task, "origin": asdict(self.origin), "model": asdict(self.model_config),
-            "train": self.settings, "chat": {"lora": lora} if self.fine_tuned else None,
+            "train": self.settings, "chat": chat,
         }  # fmt: skip
         content = json.loads(json.dumps(content))  # as it will be read back: tuples become lists
         write_json(self.folder / CONFIG, content | {"sha256": checksum(content)})
@@ -102,6 +114,19 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
         return load_tokenizer(self.folder)
+
+    def template(self) -> Template:
+        """Return the run's chat template; for a base model, the one that fine-tuning it would use.
+
+        Raises ValueError if the tokenizer lacks a special token of the run's chat style.
+        """
+        return Template(self.tokenizer, self.chat_style, self.default_system)
+
+    def with_template_of(self, source: "Run | None") -> "Run":
+        """Return this run with the chat template of the run that its weights come from."""
+        if source is None:
+            return self
+        return replace(self, chat_style=source.chat_style, default_system=source.default_system)
 
     @property
     def base(self) -> "Run":
@@ -177,7 +202,10 @@ def same_tokens(base: Tokenizer, extended: Tokenizer) -> bool:
 
 
 def unseen_tokens(run: Run, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids of the chat template if the run was never trained on it, else ()."""
+    """Return the ids of our own chat template if the run was never trained on one, else ().
+
+    A run of another chat style was trained on its template elsewhere, and gets no new tokens.
+    """
     return () if run.fine_tuned else tuple(tokenizer.special_tokens[name] for name in TOKENS)
 
 

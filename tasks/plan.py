@@ -16,7 +16,6 @@ from runs.start import Start
 from tasks.pretrain import choose_tokenizer
 from tasks.sft import FinetuneConfig, conversation_task, load_conversations, set_length
 from tasks.task import dataset_folder
-from text.chat import Template
 from text.corpus import Corpus
 from training.config import TrainConfig
 from training.device import PEAK_FLOPS, flops_per_token, peak_flops, pick_device, pick_dtype
@@ -106,7 +105,7 @@ def plan_finetuning(
 ) -> str:
     """The plan of a run of finetune.py; without its conversations, only if max_iters says how long it is."""
     known = start.resumes or start.source
-    template = Template(known.tokenizer)
+    template = known.template()
     model_config = replace(model_config, vocab_size=max(model_config.vocab_size, template.tokenizer.vocab_size))
     lora = start.resumes.lora if start.resumes else None
     if sft.lora_rank and not start.resumes:

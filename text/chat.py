@@ -3,20 +3,22 @@
     <|endoftext|> <|user|> What is 1 + 1? <|end|> <|assistant|> 2. <|end|>
                                                                 ^^ ^^^^^^^   mask = 1
 
-The mask is 1 on the assistant's text and on the <|end|> that stops generation, and 0 elsewhere. The model reads an
-assistant message with "weight": 0 but does not learn it: its mask is 0 throughout. Only `Template` makes special
-tokens. If a message spells one out, it is encoded as ordinary text, so no message can speak for another role.
+The mask is 1 on the assistant's text and on the token that stops generation, and 0 elsewhere. The model reads an
+assistant message with "weight": 0 but does not learn it: its mask is 0 throughout. The example is in this project's
+own style; imported models have others (text/styles.py). Only `Template` makes special tokens. If a message spells one
+out, it is encoded as ordinary text, so no message can speak for another role.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Literal, NotRequired, TypedDict, get_args
 
+from text.styles import END_OF_TEXT, PLAINGPT, STYLES, jinja
 from text.tokenizer import ExtendedTokenizer, Tokenizer, start_id
 
 Role = Literal["system", "user", "assistant"]
 
-END = "<|end|>"
 ROLES: tuple[Role, ...] = get_args(Role)
-TOKENS = tuple(f"<|{role}|>" for role in ROLES) + (END,)
 EMPTY_ANSWER = "an empty answer"  # the reason of a BadConversation
 
 
@@ -35,32 +37,125 @@ class BadConversation(ValueError):
 
 
 class Template:
-    """Renders conversations with a tokenizer, and adds the special tokens that the tokenizer lacks."""
+    """Renders conversations with a tokenizer, in a style of text/styles.py.
 
-    def __init__(self, tokenizer: Tokenizer):
-        missing = [name for name in TOKENS if name not in tokenizer.special_tokens]
+    default_system: the system message of conversations that have none; "" for none.
+    Our own style adds the special tokens that the tokenizer lacks. Raises ValueError if another style lacks one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, style: str = PLAINGPT, default_system: str = ""):
+        if style not in STYLES:
+            raise ValueError(f"the chat style {style!r} is not known here: {', '.join(STYLES)}")
+        self.style_name, self.style, self.default_system = style, STYLES[style], default_system
+        missing = [name for name in self.style.special if name not in tokenizer.special_tokens]
+        if missing and style != PLAINGPT:
+            raise ValueError(f"the tokenizer lacks {missing[0]!r}, a special token of the chat style {style}: "
+                             "choose the model's own style, or give it its own tokenizer")  # fmt: skip
         self.tokenizer = ExtendedTokenizer(tokenizer, missing) if missing else tokenizer
-        self.ids = {name: self.tokenizer.special_tokens[name] for name in TOKENS}
-        self.end_id = self.ids[END]
+        self.ids = {name: self.tokenizer.special_tokens[name] for name in self.style.special}
+        known = self.tokenizer.special_tokens
+        begins = [start_id(tokenizer) if name == END_OF_TEXT else known.get(name) for name in self.style.begin]
+        self.begin_id = next((token for token in begins if token is not None), None)
+        end_id = tokenizer.eot_id if self.style.end == END_OF_TEXT else known.get(self.style.end)
+        if end_id is None:
+            raise ValueError(f"the tokenizer lacks an end-of-text token, with which the chat style {style} ends "
+                             "answers: name one when you import the tokenizer")  # fmt: skip
+        self.end_id = end_id
 
     def render(self, messages: list[Message], reply: bool = False) -> tuple[list[int], list[int]]:
         """Return the conversation's tokens and their mask, two lists of equal length.
 
-        With `reply`, the messages are a prompt: the tokens end with <|assistant|>, and the model writes what follows.
+        With `reply`, the messages are a prompt: the tokens end where the model's answer begins.
         Raises BadConversation for messages that `check` refuses, ValueError for text the tokenizer cannot encode.
         """
         check(messages, reply)
-        start = start_id(self.tokenizer)
-        tokens, mask = ([], []) if start is None else ([start], [0])
-        for message in messages:
-            words = [*self.tokenizer.encode(message["content"]), self.end_id]
-            learned = message["role"] == "assistant" and message.get("weight", 1) == 1
-            tokens += [self.ids[f"<|{message['role']}|>"], *words]
-            mask += [0] + [int(learned)] * len(words)
+        style, draft = self.style, _Draft(self.tokenizer, self.ids)
+        draft.add([] if self.begin_id is None else [self.begin_id])
+        for message in self._as_written(messages):
+            content = message["content"]
+            if message["role"] == "assistant":
+                before, after = style.assistant
+                draft.write(before)
+                answer = style.padding[0] + content + style.padding[1]
+                draft.answer(answer, self.end_id, message.get("weight", 1) == 1)
+                draft.write(after)
+            else:
+                before, after = style.system if message["role"] == "system" else style.user
+                draft.write(before)
+                draft.text += content
+                draft.write(after)
         if reply:
-            tokens.append(self.ids["<|assistant|>"])
-            mask.append(0)
-        return tokens, mask
+            draft.write(style.assistant[0])
+        draft.flush()
+        return draft.tokens, draft.mask
+
+    def _as_written(self, messages: list[Message]) -> list[Message]:
+        """Return the messages that the style writes: with the default system message, merged, without white space."""
+        if self.default_system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        if self.style.merge and messages[0]["role"] == "system":
+            (before, after), (system, user, *rest) = self.style.system, messages
+            whole = before + system["content"] + after + user["content"]
+            messages = [{"role": "user", "content": whole}, *rest]
+        if self.style.strip:
+            messages = [{**message, "content": message["content"].strip()} for message in messages]
+        return messages
+
+    def jinja(self) -> str:
+        """Return the template as Jinja, for a model that is exported."""
+        names = {id: name for name, id in self.tokenizer.special_tokens.items()}
+        begin = "" if self.begin_id is None else names[self.begin_id]
+        return jinja(self.style_name, self.default_system, begin, names[self.end_id])
+
+
+class _Draft:
+    """The tokens and the mask of a conversation while it is written.
+
+    Ordinary text waits in `text` until a special token or an answer follows, so that text which stands together is
+    encoded together, as transformers' apply_chat_template does. The only border within it is where the prompt of an
+    answer ends: an answer's tokens come after all those of its prompt, in training as in generation. Where an answer
+    begins with text that would merge with the end of its prompt, such as a line break, transformers gives other ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: dict[str, int]):
+        self.tokenizer, self.ids = tokenizer, ids
+        self.special = re.compile(f"({'|'.join(map(re.escape, ids))})" if ids else "(?!)")  # (?!) matches nothing
+        self.tokens: list[int] = []
+        self.mask: list[int] = []
+        self.text = ""
+
+    def add(self, ids: Iterable[int], learned: bool = False) -> None:
+        """Add tokens."""
+        new = list(ids)
+        self.tokens += new
+        self.mask += [int(learned)] * len(new)
+
+    def write(self, text: str) -> None:
+        """Add text of the style, in which names of special tokens stand for these."""
+        for part in self.special.split(text):
+            if part in self.ids:
+                self.flush()
+                self.add([self.ids[part]])
+            else:
+                self.text += part
+
+    def flush(self) -> None:
+        """Encode the text that waits."""
+        if self.text:
+            self.add(self.tokenizer.encode(self.text))
+        self.text = ""
+
+    def answer(self, text: str, end_id: int, learned: bool) -> None:
+        """Add an answer and the token that ends it.
+
+        The answer is encoded together with the text before it, unless this would change the tokens of that text.
+        """
+        prompt = self.tokenizer.encode(self.text) if self.text else []
+        together = self.tokenizer.encode(self.text + text)
+        fits = together[: len(prompt)] == prompt
+        self.flush()
+        self.add(together[len(prompt) :] if fits else self.tokenizer.encode(text), learned)
+        self.add([end_id], learned)
 
 
 def check(messages: object, reply: bool = False) -> None:
