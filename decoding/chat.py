@@ -83,6 +83,8 @@ class Conversation:
             return
         for name in self.model.tokenizer.special_tokens:  # if the model wrote one: they are not text
             answer = answer.replace(name, "")
+        if self.model.template.style.strip:  # Llama 2 writes a space before and after its answer
+            answer = answer.strip()
         if answer.strip():
             self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
         else:

@@ -6,6 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 import finetune
@@ -170,6 +172,42 @@ def test_the_ids_are_those_of_transformers_with_the_published_template(pattern, 
     for messages in CONVERSATIONS:
         assert template.render(messages)[0] == theirs(messages, reply=False)
         assert template.render(messages[:-1], reply=True)[0] == theirs(messages[:-1], reply=True)
+
+
+class Metaspace:
+    """A tokenizer in the manner of Llama 2's: it puts a space before every text that it encodes."""
+
+    def __init__(self, special: list[str], eot: str):
+        text = f"{LLAMA2}{ALPACA}{CONVERSATIONS}".replace("\\n", "\n")
+        self.core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        self.core.normalizer = normalizers.Sequence(steps)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=500, special_tokens=["<unk>", *special], show_progress=False
+        )
+        words = [word for line in text.split("\n") for word in line.split(" ")]
+        self.core.train_from_iterator([*words, "\n"] * 2, trainer)
+        self.special_tokens = {name: self.core.token_to_id(name) for name in special}
+        self.eot_id = self.special_tokens[eot]
+
+    def encode(self, text: str) -> list[int]:
+        self.core.encode_special_tokens = True  # they are ordinary text
+        ids = self.core.encode(text).ids
+        self.core.encode_special_tokens = False
+        return ids
+
+
+@pytest.mark.parametrize("family", ["llama2", "baichuan2", "alpaca"])
+def test_a_tokenizer_that_puts_a_space_before_every_text_puts_none_before_an_answer(family):
+    style, published, system, begin, eot = FAMILIES[family]
+    tokenizer = Metaspace([*dict.fromkeys([*STYLES[style].special, begin, eot])], eot)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.core, bos_token=begin, eos_token=eot)
+    theirs.chat_template = published
+    template = Template(tokenizer, style, system)
+    for messages in CONVERSATIONS:
+        for part, reply in ((messages, False), (messages[:-1], True)):
+            expected = theirs.apply_chat_template(part, add_generation_prompt=reply, return_dict=False)
+            assert template.render(part, reply)[0] == expected
 
 
 @pytest.mark.parametrize("pattern, family", CASES)
