@@ -27,6 +27,8 @@ from text.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer, load_toke
 # Hugging Face uses Ruby's regular expressions, where {1,3}+ repeats {1,3} and is not a possessive quantifier.
 REPEATED = re.compile(r"\{[0-9]*,?[0-9]*\}\+")
 RUBY_PATTERNS = {name: pattern.replace("{1,3}+", "{1,3}") for name, pattern in PATTERNS.items()}
+# Digits(individual_digits) before ByteLevel, which is GPT-2's pattern: \s+ ends a chunk before a digit too.
+SINGLE_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 DROPPABLE = ("post_processor", "truncation", "padding")  # parts of a tokenizer.json that do more than encode a text
 
 
@@ -344,6 +346,10 @@ def hugging_face_pattern(pre_tokenizer: dict | None, path: str | os.PathLike) ->
     has several steps, or a step that is not supported; the message names it.
     """
     patterns, steps = [], steps_of(pre_tokenizer, "pretokenizers")
+    match steps:
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, **rest}]:
+            if rest.get("use_regex", True):
+                return SINGLE_DIGITS
     for step in steps:
         kind = step["type"]
         if kind == "Split":

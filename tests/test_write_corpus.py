@@ -89,7 +89,7 @@ def test_text_without_a_good_place_to_cut_is_cut_all_the_same(text, monkeypatch)
     assert all(1 <= len(piece.text) <= 64 for piece in pieces)
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 2) + [True, True]
     assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 2) + [True]
-    assert pieces[-1] == ("val", "b", True)
+    assert pieces[-1] == ("val", "b", True, True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

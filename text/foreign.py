@@ -123,6 +123,10 @@ class SentencePieceTokenizer:
         piece = p.id_to_piece(token)
         return piece.encode() if p.is_control(token) else _piece_bytes(piece, p.is_byte(token))
 
+    def own_ids(self) -> dict[str, int]:
+        """Return the ids that the model itself gives to its first and last token; -1 for none."""
+        return {"bos_token_id": self._processor.bos_id(), "eos_token_id": self._processor.eos_id()}
+
     def content(self) -> dict:
         eot, bos = self._names
         return {"kind": "sentencepiece", "model": base64.b64encode(self.model).decode(), "eot": eot, "bos": bos}
