@@ -125,6 +125,11 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
     (folder / FILES[2]).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     for name in FILES[:2]:  # safetensors makes files that only their owner can read
         shutil.copymode(folder / FILES[2], folder / name)
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a checkpoint whose other files are there, and wait until all of it is on the disk."""
     manifest = FORMAT | {"files": checksums(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in (*FILES, "manifest.json", "."):

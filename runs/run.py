@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from training.plan import count_weights
 CONFIG = "config.json"
 FORMAT = {"format": "plaingpt-run", "version": 1}
 SCRATCH = "scratch"
+IMPORT = "import"  # the task of a run that convert.py made of a foreign model
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Run:
     folder: Path
     model_config: GPTConfig
     settings: dict  # the training settings by name, as config files give them
-    task: Literal["pretrain", "sft"]  # decides which command resumes it
+    task: Literal["pretrain", "sft", "import"]  # decides which command resumes it; nothing resumes an imported model
     fine_tuned: bool  # whether it was trained on the chat template
     lora: LoraConfig | None = None
     base_checkpoint: str = ""  # the checkpoint in base/, for a run with LoRA
@@ -88,8 +89,8 @@ class Run:
             raise ValueError(f"{path}: the chat style {style!r} is not known here: {', '.join(STYLES)}")
         origin = content.get("origin", {"source": settings.get("init_from", SCRATCH)})
         task = content.get("task", "pretrain" if chat is None else "sft")
-        if task not in ("pretrain", "sft"):
-            raise ValueError(f"{path}: task {task!r} is not known here: pretrain, sft")
+        if task not in (tasks := get_args(cls.__annotations__["task"])):
+            raise ValueError(f"{path}: task {task!r} is not known here: {', '.join(tasks)}")
         base = "" if lora is None else str(lora["checkpoint"])
         fine_tuned, lora_config = chat is not None, _lora_of(lora, path)
         return cls(
@@ -97,7 +98,11 @@ class Run:
         )  # fmt: skip
 
     def save(self) -> None:
-        """Write config.json, with a checksum."""
+        """Write config.json, with a checksum, into the run's folder."""
+        self.save_in(self.folder)
+
+    def save_in(self, folder: Path) -> None:
+        """Write config.json into another folder, which becomes the run's when it is complete."""
         lora = chat = None
         if self.lora:
             lora = asdict(self.lora) | {"checkpoint": self.base_checkpoint}
@@ -108,7 +113,7 @@ class Run:
             "train": self.settings, "chat": chat,
         }  # fmt: skip
         content = json.loads(json.dumps(content))  # as it will be read back: tuples become lists
-        write_json(self.folder / CONFIG, content | {"sha256": checksum(content)})
+        write_json(folder / CONFIG, content | {"sha256": checksum(content)})
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

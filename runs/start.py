@@ -14,9 +14,11 @@ import torch
 
 from common.config import build
 from common.files import locked
+from formats.source import is_hub_name
 from model import GPT, GPTConfig
 from runs.checkpoint import FILES, Saver, load_optimizers, load_weights, read_state, verify
-from runs.run import CONFIG, SCRATCH, Origin, Run, model_to_fine_tune
+from runs.importing import imported
+from runs.run import CONFIG, IMPORT, SCRATCH, Origin, Run, model_to_fine_tune
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
@@ -156,9 +158,15 @@ def decide(given: dict, defaults: dict, task: str) -> Start:
         raise ValueError("init_from and out_dir are written --key=value: scratch, resume or the folder of a run")
     if init_from == SCRATCH:
         return Start()
+    if is_hub_name(init_from):
+        source, made = imported(init_from)
+        return Start(source=source, checkpoint=source.checkpoint("best"), notes=tuple(made))
     if init_from != RESUME:
         return Start(source=(source := Run.open(init_from)), checkpoint=source.checkpoint("best"))
     run = Run.open(out_dir)
+    if run.task == IMPORT:
+        raise ValueError(f"{out_dir} is an imported model, which has no training to resume: start from it, by "
+                         f"--init_from={out_dir} and another --out_dir")  # fmt: skip
     if run.task != task:
         kind = "a fine-tuned run" if run.task == "sft" else "no fine-tuned run"
         raise ValueError(f"{out_dir} is {kind}: go on with {COMMANDS[run.task]}")

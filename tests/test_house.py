@@ -25,6 +25,7 @@ ROOMS = {
     "tasks": {"common", "model", "text", "training", "decoding", "runs", "tasks"},
     "train": {"common", "model", "text", "training", "runs", "tasks"},
     "finetune": {"common", "model", "text", "training", "runs", "tasks", "train"},
+    "convert": {"common", "model", "text", "formats", "runs"},
     "sample": {"common", "model", "text", "training", "decoding", "runs"},
     "data": {"common", "bpe", "text.base", "text", "data"},
 }

@@ -1,0 +1,170 @@
+"""Foreign models in, our models out.
+
+    python convert.py import SmolLM2-135M-Instruct.gguf --out_dir=out/smol
+    python convert.py import hf:Qwen/Qwen3-0.6B
+    python convert.py export --out_dir=out/pydocs --to=pydocs-hf
+
+`import` reads a model folder in Hugging Face's layout, a GGUF file, nanoGPT's ckpt.pt or a name of the Hub. It writes a
+run, which sample.py, finetune.py and train.py --init_from use like any other. `export` writes a folder that
+transformers loads without code of ours.
+"""
+
+from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
+
+# isort: split
+
+import argparse
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from common.files import errors_name
+from formats.export import DTYPES, export_model, export_weights
+from formats.source import HUB, open_source
+from formats.weights import our_shapes
+from runs.checkpoint import FILES, read_state, verify
+from runs.importing import import_run
+from runs.run import Run
+
+
+def read_options(argv: list[str]) -> argparse.Namespace:
+    """The command and its options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("import", help="make a run of a foreign model")
+    sub.add_argument("source", help="a model's folder, a .gguf file, nanoGPT's ckpt.pt, or hf:NAME on the Hub")
+    sub.add_argument("--out_dir", help="the run's folder, a new one; default: out/ and the source's name")
+    sub.add_argument("--tokenizer", default="", help="a tokenizer, or nanoGPT's meta.pkl, in place of the model's own")
+    sub.add_argument("--ignore", default="", metavar="FIELD,…", help="fields of config.json that you know are harmless")
+    sub = commands.add_parser("export", help="write a folder that transformers loads")
+    sub.add_argument("--out_dir", required=True, help="the run to export")
+    sub.add_argument("--to", required=True, help="the folder to write, a new one")
+    sub.add_argument("--checkpoint", default="best", help="best | latest | a name such as step_00001000")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Import
+
+
+def import_source(options: argparse.Namespace) -> None:
+    """Import the source, and say what came in and how to use it."""
+    foreign = open_source(options.source, options.tokenizer, tuple(filter(None, options.ignore.split(","))))
+    name = options.source.removeprefix(HUB).rstrip("/").split("/")[-1].removesuffix(".gguf").removesuffix(".pt")
+    folder = Path(options.out_dir or f"out/{name}")
+    size = sum(
+        torch.Size(shape).numel() * foreign.tensors.dtype(n).itemsize for n, shape in foreign.tensors.shapes.items()
+    )
+    with progress("importing", size) as step:
+        run = import_run(foreign, folder, step)
+    config = run.model_config
+    weights = sum(torch.Size(shape).numel() for shape in our_shapes(config).values())
+    if foreign.chat_template and not run.fine_tuned:
+        foreign.notes.append("its chat template is of no style that is known here: it is a base model here, and "
+                             "finetune.py teaches it our own style")  # fmt: skip
+    for line in foreign.notes:
+        print(f"note: {line}")
+    print(
+        f"{folder}: {weights:,} weights, {config.n_layer} layers, context {config.block_size:,}, "
+        f"{run.tokenizer.vocab_size:,} tokens" + (f", chats in the style {run.chat_style}" if run.fine_tuned else "")
+    )
+    print(f"try it: python sample.py --out_dir={folder} {'--chat' if run.fine_tuned else '--prompt=...'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def export_run(options: argparse.Namespace) -> None:
+    """Export the run to a new folder, whole or not at all."""
+    run, folder = Run.open(options.out_dir), Path(options.to)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: choose another --to, or delete it")
+    checkpoint = run.checkpoint(options.checkpoint)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with errors_name(temporary / FILES[0]), weights_of(run, checkpoint) as read:
+            temporary.mkdir(parents=True)
+            size = sum(entry.size for entry in export_weights(run.model_config, read, DTYPES[options.dtype])[1])
+            with progress("exporting", size) as step:
+                content = export_model(
+                    temporary, run.model_config, read, run.tokenizer, dtype=options.dtype,
+                    card=model_card(run, checkpoint), step=step, **chat_of(run),
+                )  # fmt: skip
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    print(f"{folder}: a {content['architectures'][0]} in {options.dtype}; "
+          f"transformers' AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")  # fmt: skip
+
+
+@contextmanager
+def weights_of(run: Run, checkpoint: Path) -> Iterator[Callable[[str], Tensor | None]]:
+    """Yield a function that reads one weight of the checkpoint; of a run with LoRA, the corrected weight."""
+    if run.lora:
+        model = dict(run.load_model(checkpoint.name).named_parameters())
+        yield lambda name: model[name].detach() if name in model else None
+        return
+    verify(checkpoint)
+    with safe_open(checkpoint / FILES[0], framework="pt") as file:
+        names = set(file.keys())
+        yield lambda name: file.get_tensor(name) if name in names else None
+
+
+def chat_of(run: Run) -> dict:
+    """What an exported chat model needs: its template as Jinja, and the token that ends an answer."""
+    if not run.fine_tuned:
+        return {}
+    template = run.template()
+    return {"chat_template": template.jinja(), "end_of_answer": template.end_id}
+
+
+def model_card(run: Run, checkpoint: Path) -> str:
+    """A README for the exported model: what it is, what it was trained on, its losses."""
+    config, settings, state = run.model_config, run.settings, read_state(checkpoint)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {run.folder.name}",
+        "",
+    ]
+    kind = {"pretrain": "pretrained", "sft": "fine-tuned on conversations", "import": "imported"}[run.task]
+    lines.append(f"A GPT of {config.n_layer} layers and width {config.n_embd}, {kind} with plainGPT.")
+    facts = {
+        "data": settings.get("dataset"), "began from": run.origin.source, "steps": state["step"] or None,
+        "validation loss (nats per token)": state["val_loss"] and round(state["val_loss"], 4),
+        "context (tokens)": config.block_size, "learning rate": settings.get("learning_rate"),
+    }  # fmt: skip
+    lines += ["", *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress(what: str, size: int) -> Iterator[Callable[[int], object]]:
+    """Yield a function step(bytes) that moves a progress bar, which is shown in a terminal only."""
+    with tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        yield bar.update
+
+
+def main() -> None:
+    options = read_options(sys.argv[1:])
+    import_source(options) if options.command == "import" else export_run(options)
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

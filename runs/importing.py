@@ -1,0 +1,73 @@
+"""A foreign model becomes a run: its weights are copied tensor by tensor, in their own precision."""
+
+import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from common.files import errors_name, write_json
+from formats.source import HUB, Foreign, open_source
+from formats.weights import Entry, our_shapes, read_weight, write_safetensors
+from runs.checkpoint import FILES, seal
+from runs.run import IMPORT, Origin, Run
+from text.styles import PLAINGPT, default_system, detect_style
+
+
+def import_run(foreign: Foreign, folder: Path, step: Callable[[int], object] = lambda size: None) -> Run:
+    """Write the foreign model as a run in a new folder, whole or not at all; step(bytes) follows each tensor.
+
+    Raises ValueError if something is in the folder already, or if it cannot be written.
+    """
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: choose another --out_dir, or delete it")
+    style = detect_style(foreign.chat_template, foreign.tokenizer.special_tokens)
+    run = Run(
+        folder, foreign.config, {}, IMPORT, style is not None, origin=Origin(foreign.origin, ""),
+        chat_style=style or PLAINGPT, default_system=default_system(foreign.chat_template) if style else "",
+    )  # fmt: skip
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with errors_name(temporary / FILES[0]):
+            checkpoint = temporary / "checkpoints" / "step_00000000"
+            checkpoint.mkdir(parents=True)
+            foreign.tokenizer.save(temporary)
+            write_safetensors(checkpoint / FILES[0], entries(foreign), step)
+            save_file({}, checkpoint / FILES[1])
+            write_json(checkpoint / FILES[2], {"step": 0})
+            shutil.copymode(
+                checkpoint / FILES[2], checkpoint / FILES[1]
+            )  # safetensors makes it readable by its owner only
+            seal(checkpoint)
+            run.save_in(temporary)
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return run
+
+
+def entries(foreign: Foreign) -> list[Entry]:
+    """The model's weights under our names, to be read one at a time as they are written."""
+    shapes, tensors = our_shapes(foreign.config), foreign.tensors
+    return [
+        Entry(name, shapes[name], tensors.dtype(weight.names[0]), partial(read_weight, tensors, weight))
+        for name, weight in foreign.renaming.weights.items()
+    ]
+
+
+def imported(name: str) -> tuple[Run, list[str]]:
+    """The run of a model that --init_from names (gpt2, hf:NAME), imported into out/ if it is not there yet; notes."""
+    hub = name if name.startswith(HUB) else HUB + name
+    folder = Path("out") / hub.removeprefix(HUB).replace("/", "_")
+    if folder.exists():
+        run = Run.open(folder)
+        if run.origin.source == hub:
+            return run, []
+        raise ValueError(f"{folder} is where {hub} would be imported, and it holds another run: move it first")
+    foreign = open_source(hub)
+    return import_run(foreign, folder), [f"{hub} was imported as {folder}", *foreign.notes]
