@@ -3,10 +3,11 @@
     python convert.py import SmolLM2-135M-Instruct.gguf --out_dir=out/smol
     python convert.py import hf:Qwen/Qwen3-0.6B
     python convert.py export --out_dir=out/pydocs --to=pydocs-hf
+    python convert.py export --out_dir=out/pydocs --to=pydocs.gguf
 
 `import` reads a model folder in Hugging Face's layout, a GGUF file, nanoGPT's ckpt.pt or a name of the Hub. It writes a
 run, which sample.py, finetune.py and train.py --init_from use like any other. `export` writes a folder that
-transformers loads without code of ours.
+transformers loads without code of ours, or a GGUF file for llama.cpp.
 """
 
 from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
@@ -27,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import errors_name
-from formats.export import DTYPES, export_model, export_weights
+from formats.export import DTYPES, export_weights, write_folder
+from formats.gguf import vocabulary, write_gguf
 from formats.source import HUB, open_source
 from formats.weights import our_shapes
 from runs.checkpoint import FILES, read_state, verify
@@ -46,9 +48,9 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--ignore", default="", metavar="FIELD,…", help="fields of config.json that you know are harmless")
     sub = commands.add_parser("export", help="write a folder that transformers loads")
     sub.add_argument("--out_dir", required=True, help="the run to export")
-    sub.add_argument("--to", required=True, help="the folder to write, a new one")
+    sub.add_argument("--to", required=True, help="a new folder for transformers, or a new file x.gguf for llama.cpp")
     sub.add_argument("--checkpoint", default="best", help="best | latest | a name such as step_00001000")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of a folder's weights (default float32)")
     return parser.parse_args(argv)
 
 
@@ -85,29 +87,35 @@ def import_source(options: argparse.Namespace) -> None:
 
 
 def export_run(options: argparse.Namespace) -> None:
-    """Export the run to a new folder, whole or not at all."""
-    run, folder = Run.open(options.out_dir), Path(options.to)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: choose another --to, or delete it")
+    """Export the run to a new folder or GGUF file, whole or not at all."""
+    run, target = Run.open(options.out_dir), Path(options.to)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"{target} exists already: choose another --to, or delete it")
     checkpoint = run.checkpoint(options.checkpoint)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with errors_name(temporary / FILES[0]), weights_of(run, checkpoint) as read:
-            temporary.mkdir(parents=True)
-            size = sum(entry.size for entry in export_weights(run.model_config, read, DTYPES[options.dtype])[1])
-            with progress("exporting", size) as step:
-                content = export_model(
-                    temporary, run.model_config, read, run.tokenizer, dtype=options.dtype,
-                    card=model_card(run, checkpoint), step=step, **chat_of(run),
-                )  # fmt: skip
-            if folder.exists():
-                folder.rmdir()
-            temporary.rename(folder)
+        with errors_name(temporary), weights_of(run, checkpoint) as read:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            content, entries = export_weights(run.model_config, read, DTYPES[options.dtype])
+            with progress("exporting", sum(entry.size for entry in entries)) as step:
+                if target.suffix == ".gguf":
+                    fields = vocabulary(run.tokenizer, run.model_config.vocab_size, **chat_of(run))
+                    write_gguf(temporary, content, entries, fields, step)
+                else:
+                    temporary.mkdir()
+                    write_folder(temporary, content, entries, run.tokenizer, model_card(run, checkpoint), step=step,
+                                 **chat_of(run))  # fmt: skip
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
-    print(f"{folder}: a {content['architectures'][0]} in {options.dtype}; "
-          f"transformers' AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")  # fmt: skip
+    if target.suffix == ".gguf":
+        print(f"{target}: a {content['model_type']} in float16, for llama.cpp and what is built on it")
+    else:
+        print(f"{target}: a {content['architectures'][0]} in {options.dtype}; "
+              f"transformers' AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")  # fmt: skip
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from formats import gpt2, llama
 from formats.tokenizers import export_tokenizer
 from formats.weights import Entry, Renaming, foreign_weights, our_shapes, write_shards
 from model import GPTConfig
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, start_id
 
 Read = Callable[[str], Tensor | None]  # the weight of that name; None for a bias that the model does not have
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,26 +62,19 @@ def export_weights(config: GPTConfig, read: Read, dtype: torch.dtype) -> tuple[d
     return content, [Entry(name, shape, dtype, make) for name, shape, make in made]
 
 
-def export_model(
-    folder: Path, config: GPTConfig, read: Read, tokenizer: Tokenizer, *, dtype: str = "float32",
-    chat_template: str | None = None, end_of_answer: int | None = None, card: str = "",
+def write_folder(
+    folder: Path, content: dict[str, Any], entries: list[Entry], tokenizer: Tokenizer, card: str = "", *,
+    chat_template: str | None = None, end_of_answer: int | None = None,
     step: Callable[[int], object] = lambda size: None,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the model into a folder that is there; returns its config.json. step(bytes) follows each tensor.
+) -> None:  # fmt: skip
+    """Write a model, from `export_weights`, into a folder that is there; step(bytes) follows each tensor.
 
     end_of_answer: the id that ends an answer of a chat model; text ends there, or at the end-of-text token.
     """
-    content, entries = export_weights(config, read, DTYPES[dtype])
     ends = [token for token in (end_of_answer, tokenizer.eot_id) if token is not None]
-    ids = {"bos_token_id": bos_of(tokenizer), "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    ids = {"bos_token_id": start_id(tokenizer), "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     write_json(folder / "config.json", content | ids)
-    write_json(folder / "generation_config.json", {"_from_model_config": False, **ids})
+    write_json(folder / "generation_config.json", ids)
     export_tokenizer(tokenizer, folder, chat_template)
     write_whole(folder / "README.md", card)
     write_shards(folder, entries, step)
-    return content
-
-
-def bos_of(tokenizer: Tokenizer) -> int | None:
-    """The token that begins every text; for our own tokenizers the end-of-text token, which separates documents."""
-    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id

@@ -6,6 +6,7 @@ turns neighbouring channels, and here those that are half a head apart.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import sync
 from formats.hub_config import Fields
+from formats.tokenizer_json import tokenizer_json, vocabulary_of
+from formats.tokenizers import CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+from formats.weights import Entry
+from text.foreign import HubTokenizer
+from text.tokenizer import ExtendedTokenizer, Tokenizer, start_id
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LAYER = {
@@ -129,3 +136,136 @@ def hub_name(name: str) -> str:
         _, number, layer = stem.split(".", 2)
         return f"model.layers.{number}.{LAYER.get(layer, layer)}.{end}"
     return f"{WHOLE.get(stem, stem)}.{end}" if stem != FACTORS else FACTORS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+# Our patterns as llama.cpp calls them. "dbrx" is GPT-4's pattern with merges that count, unlike that of Llama 3.
+PATTERN_NAMES = {"gpt2": "gpt-2", "gpt4": "dbrx"}
+
+
+def vocabulary(
+    tokenizer: Tokenizer, vocab_size: int, end_of_answer: int | None = None, chat_template: str | None = None
+) -> dict[str, Any]:
+    """What a GGUF file says about the tokenizer.
+
+    end_of_answer: the token that ends an answer of a chat model; text ends there. Raises ValueError for a tokenizer
+    that llama.cpp cannot run with the same ids.
+    """
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    if isinstance(base, HubTokenizer):
+        content = base.content()["tokenizer"]
+        names = [name for name, cut in PRE_TOKENIZERS.items() if cut == content.get("pre_tokenizer")]
+        pattern, pre = "its own", names[0] if names and content["model"]["type"] == "BPE" else None
+    else:
+        bpe = vocabulary_of(tokenizer, "the run")
+        content, pattern, pre = tokenizer_json(bpe), bpe.pattern, PATTERN_NAMES.get(bpe.pattern)
+    if pre is None:
+        raise ValueError(f"the tokenizer's pattern ({pattern}) is none that llama.cpp knows by name: no GGUF of it")
+    vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    vocab |= tokenizer.special_tokens
+    spelled = {id: name for name, id in vocab.items()}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    special = set(tokenizer.special_tokens.values())
+    matched = {token["id"] for token in content["added_tokens"]} - special
+    types = [
+        CONTROL if id in special else USER_DEFINED if id in matched else NORMAL if id in spelled else UNUSED
+        for id in range(vocab_size)
+    ]
+    tokens = [spelled.get(id, f"[unused {id}]") for id in range(vocab_size)]
+    return {
+        "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges,
+        "add_bos": tokenizer.bos_id is not None, "bos": start_id(tokenizer),
+        "eos": tokenizer.eot_id if end_of_answer is None else end_of_answer, "chat_template": chat_template,
+    }  # fmt: skip
+
+
+def write_gguf(
+    path: Path, content: dict[str, Any], entries: list[Entry], fields: dict[str, Any],
+    step: Callable[[int], object] = lambda size: None,
+) -> None:  # fmt: skip
+    """Write a model as a GGUF file: matrices in float16, norms in float32, as llama.cpp wants them.
+
+    content, entries: config.json and tensors of the model in Hugging Face's form, from `export_weights`. fields: of the
+    tokenizer, from `vocabulary`. Raises ValueError for a model that is not of ARCHITECTURES.
+    """
+    kind = content["model_type"]
+    if kind not in ARCHITECTURES or content.get("rope_scaling"):
+        raise ValueError(
+            f"a GGUF file is written of {', '.join(ARCHITECTURES)} without scaled RoPE, not of this {kind}"
+        )
+    ours = {hub: own for own, hub in (LAYER | WHOLE).items()}
+    dtypes = [np.float32 if len(entry.shape) == 1 else np.float16 for entry in entries]
+    writer = open_writer(path, kind)
+    try:
+        write_fields(writer, content, fields)
+        for entry, dtype in zip(entries, dtypes, strict=True):
+            size = torch.Size(entry.shape).numel() * np.dtype(dtype).itemsize
+            writer.add_tensor_info(file_name(entry.name, ours), entry.shape, np.dtype(dtype), size)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry, dtype in zip(entries, dtypes, strict=True):
+            writer.write_tensor_data(stored_rows(entry.make(), entry.name, kind, content).numpy().astype(dtype))
+            step(entry.size)
+    finally:
+        writer.close()
+    sync(path)
+
+
+def open_writer(path: Path, kind: str) -> Any:
+    """A writer of the package gguf."""
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        raise ValueError("writing a .gguf file needs the package gguf: pip install gguf") from None
+    return GGUFWriter(path, kind)
+
+
+def write_fields(writer: Any, content: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Give the writer what the file says about the model and its tokenizer."""
+    head_dim = content.get("head_dim", content["hidden_size"] // content["num_attention_heads"])
+    writer.add_context_length(content["max_position_embeddings"])
+    writer.add_embedding_length(content["hidden_size"])
+    writer.add_block_count(content["num_hidden_layers"])
+    writer.add_feed_forward_length(content["intermediate_size"])
+    writer.add_head_count(content["num_attention_heads"])
+    writer.add_head_count_kv(content["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(content["rope_theta"])
+    writer.add_layer_norm_rms_eps(content["rms_norm_eps"])
+    writer.add_vocab_size(content["vocab_size"])
+    writer.add_file_type(1)  # mostly float16
+    writer.add_tokenizer_model(fields["model"])
+    writer.add_tokenizer_pre(fields["pre"])
+    writer.add_token_list(fields["tokens"])
+    writer.add_token_types(fields["token_type"])
+    writer.add_token_merges(fields["merges"])
+    writer.add_add_bos_token(fields["add_bos"])
+    if fields["bos"] is not None:
+        writer.add_bos_token_id(fields["bos"])
+    if fields["eos"] is not None:
+        writer.add_eos_token_id(fields["eos"])
+    if fields["chat_template"]:
+        writer.add_chat_template(fields["chat_template"])
+
+
+def file_name(name: str, ours: dict[str, str]) -> str:
+    """A tensor's name in a GGUF file: model.layers.0.self_attn.q_proj.weight → blk.0.attn_q.weight."""
+    stem, _, end = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        number, layer = stem.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{number}.{ours[layer]}.{end}"
+    return f"{ours[stem]}.{end}"
+
+
+def stored_rows(tensor: Tensor, name: str, kind: str, content: dict[str, Any]) -> Tensor:
+    """The tensor in float32, with the rows of queries and keys in the file's order; the inverse of `GGUF.read`'s."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+    tensor = tensor.float()
+    if kind != "llama" or not heads:
+        return tensor.contiguous()
+    return tensor.view(content[heads], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape).contiguous()

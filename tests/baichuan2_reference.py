@@ -27,7 +27,7 @@ def turned(x, position, theta=10000.0):
 
 
 def slopes(n_head):
-    """ALiBi's slopes; a number of heads that is no power of two adds every second one of the next power to the first."""
+    """ALiBi's slopes; for 3 heads those of 2, and every second one of 4."""
     power = 1
     while power * 2 <= n_head:
         power *= 2
