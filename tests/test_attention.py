@@ -1,4 +1,4 @@
-"""Attention, its masks, positions, packing, padding and the cache: each fast path equals the plain one."""
+"""Attention, its masks, packing, padding and the cache: each fast path equals the plain one."""
 
 from itertools import product
 

@@ -235,6 +235,17 @@ def test_a_lora_run_of_before_new_rows_were_trained_still_opens(pretrain, tune):
     assert not any("lora_rows" in name for name, _ in opened.corrected_base().named_parameters())
 
 
+def test_a_run_of_before_a_model_setting_existed_opens_with_its_default(pretrain):
+    run = pretrain("base", "--max_iters=4")
+    before, content = Run.open(run), json.loads((run / "config.json").read_text())
+    del content["sha256"]
+    for key in ("qkv_bias", "sliding_window", "nope_every", *(key for key in content["model"] if key[:5] == "rope_")):
+        if key != "rope_theta":
+            del content["model"][key]
+    (run / "config.json").write_text(json.dumps(content))
+    assert Run.open(run).model_config == before.model_config == Run.open(run).load_model().config
+
+
 def test_own_conversations_get_three_passes_and_the_passes_are_told(pretrain, tune, capsys):
     run = tune("a", pretrain("base"), config=None)
     shown = capsys.readouterr().out

@@ -98,7 +98,7 @@ def gpt2_twins(
     return theirs, load(GPT(config), weights)
 
 
-SHAPE = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "mlp_dim": 48, "qk_norm": False}
+SHAPE = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 48, "qk_norm": False}
 ORIGINAL = 16  # the context before scaling, of 64
 # A family, or a way to scale RoPE: (transformers' class, what its config has beside the sizes, what ours has)
 FAMILIES = {
