@@ -18,7 +18,7 @@ from tasks.sft import FinetuneConfig, conversation_task, load_conversations, set
 from tasks.task import dataset_folder
 from text.corpus import Corpus
 from training.config import TrainConfig
-from training.device import PEAK_FLOPS, flops_per_token, peak_flops, pick_device, pick_dtype
+from training.device import PEAK_FLOPS, attention_flops, flops_per_token, peak_flops, pick_device, pick_dtype
 from training.lora import LoraConfig
 from training.plan import (
     ABSURD,
@@ -180,7 +180,7 @@ def job_flops(job: Job) -> float:
     (full,) = by_depth(measure, job.model.n_layer)
     if not job.lora:
         return full
-    attention = 12 * job.model.n_layer * job.model.n_head * job.model.head_dim * job.model.block_size
+    attention = attention_flops(job.model, job.model.block_size)
     return (full - attention) * 4 / 6 + attention
 
 

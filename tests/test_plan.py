@@ -14,6 +14,7 @@ import torch
 import finetune
 import train
 from model import GPT
+from tasks.plan import job_flops
 from tests.helpers import label
 from tests.plan_helpers import job, train_steps
 from tests.test_runs import call, pretrain, talk, tune  # noqa: F401
@@ -216,6 +217,14 @@ def test_flops_and_hours_are_those_of_the_weights():
     row = re.search(r"H100 +80 GB +(\d+) +([\d.]+) +([\d.]+)", text)
     assert float(row[2]) == pytest.approx(flops / (0.4 * PEAK_FLOPS["H100"][0]) / 3600, rel=0.02)
     assert float(row[3]) == pytest.approx(float(row[2]) / 8, abs=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}], ids=label)
+def test_lora_takes_two_thirds_of_the_operations_with_weights_and_all_of_attentions(options):
+    keys = options.get("sliding_window", 32)
+    whole, corrected = (job_flops(job(lora=lora, n_layer=3, **options)) for lora in (None, LORA))
+    attention = 3 * 3 * 2 * 2 * 32 * keys  # layers × (forward and backward) × (QKᵀ and ·V) × a multiply and an add × HD
+    assert corrected == pytest.approx((whole - attention) * 2 / 3 + attention)
 
 
 def test_memory_names_the_batch_that_fits_and_how_to_keep_the_step(call, capsys):  # noqa: F811

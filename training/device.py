@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model import GPT
+from model import GPT, GPTConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -200,18 +200,24 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak[dtype == "float32"] for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+def attention_flops(config: GPTConfig, T: int) -> int:
+    """FLOPs of QKᵀ and the sum over V, to train on one token of a sequence of T: 12·H·D·T in each layer.
+
+    By convention the masked half counts too [PaLM, appendix B]; of a sliding window, only its keys count instead of T.
+    """
+    keys = min(T, config.sliding_window or T)
+    return 12 * config.n_layer * config.n_head * config.head_dim * keys
+
+
 def flops_per_token(model: GPT, T: int | None = None) -> int:
     """Floating-point operations to train on one token of a sequence of T (default block_size), for MFU.
 
-    6 per weight that multiplies (2 forward, 4 backward), and 12·H·D·T per layer for QKᵀ and the sum over V, which by
-    convention counts the masked half too [PaLM, appendix B]. Of a sliding window, only its keys count instead of T.
+    6 per weight that multiplies (2 forward, 4 backward), and those of attention.
     """
     config = model.config
     weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("_emb.weight"))
     weights += config.vocab_size * config.n_embd if config.tie_embeddings else 0  # tied: used as the head
-    T = T or config.block_size
-    keys = min(T, config.sliding_window or T)
-    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * keys
+    return 6 * weights + attention_flops(config, T or config.block_size)
 
 
 class Peak:
