@@ -18,10 +18,13 @@ SIZES = {
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 50.0}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "beta_slow": 0.25, "beta_fast": 2.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 # name → (transformers' class, its options)
 FAMILIES = {
     "llama": ("Llama", {"rope_parameters": ROPE, "head_dim": 12}),
