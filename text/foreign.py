@@ -47,6 +47,8 @@ class HubTokenizer:
         }
         self.eot_id, self.bos_id = _named(eot, self.special_tokens), _named(bos, self.special_tokens)
         unknown = content["model"].get("unk_token")
+        if (number := content["model"].get("unk_id")) is not None:  # a Unigram model gives a number
+            unknown = content["model"]["vocab"][number][0]
         self._forgeable = {id for name, id in self.special_tokens.items() if name != unknown}
         self.adds_space = _adds_space(self)
 
