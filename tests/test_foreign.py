@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer
 
 from bpe import BPE, train
+from decoding.prompt import Question, TextModel, make_prompt
 from decoding.stream import prompt_tokens
 from decoding.text import Text, text_of
 from formats.tokenizers import ADVERSARIAL, export_tokenizer, gguf_tokenizer, import_tokenizer
@@ -164,6 +165,16 @@ def test_a_continuation_keeps_its_spaces(imported):
             assert text_of(ours, ids, begins=False) == " " + whole
 
 
+def test_an_answer_is_shown_without_the_space_that_the_tokenizer_adds_and_a_continuation_with_it(imported):
+    _, _, ours = imported
+    base, chat = TextModel(None, ours, None), TextModel(None, ours, Template(ours))
+    for model, text, begins in [(base, "Hello", False), (base, "", True), (chat, "Hello", True)]:
+        prompt = make_prompt(model, Question({"prompt": text}))
+        assert prompt.begins == begins
+        said = streamed(ours, ours.encode("world"), prompt.begins)
+        assert said == (" world" if ours.adds_space and not begins else "world")
+
+
 def test_an_imported_tokenizer_is_exported_again(imported, tmp_path):
     theirs, _, ours = imported
     check_export(ours, tmp_path, TEXTS)
@@ -180,7 +191,11 @@ def check_export(tokenizer, folder, texts):
         assert theirs.encode(name, add_special_tokens=False) == [id]
     assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.eot_id, start_id(tokenizer))
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    assert theirs.encode("a") == [*first, *tokenizer.encode("a")]
+    assert theirs.encode(texts[1]) == [*first, *tokenizer.encode(texts[1])]
+    again = import_tokenizer(folder)
+    for name in ("special_tokens", "vocab_size", "eot_id", "bos_id", "adds_space"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
     assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
 
 
@@ -193,6 +208,7 @@ def test_our_own_tokenizers_are_exported(tmp_path, tiny_encoding):
     texts = ["", "a", " ab\n\n c ", "中🙂", "<|user|>"]
     check_export(characters, tmp_path / "char", texts)
     check_export(Template(characters).tokenizer, tmp_path / "chat", texts)
+    check_export(CharTokenizer("xyz", eot=False), tmp_path / "xyz", ["", "xyzzy"])
     with pytest.raises(ValueError, match="half a surrogate pair"):
         export_tokenizer(CharTokenizer("a\ud800", eot=True), tmp_path / "half")
 

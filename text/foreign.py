@@ -49,6 +49,7 @@ class HubTokenizer:
         unknown = content["model"].get("unk_token")
         if (number := content["model"].get("unk_id")) is not None:  # a Unigram model gives a number
             unknown = content["model"]["vocab"][number][0]
+        self._bytes: dict[int, bytes] = {}  # what bytes_of found
         self._forgeable = {id for name, id in self.special_tokens.items() if name != unknown}
         self.adds_space = _adds_space(self)
 
@@ -74,10 +75,11 @@ class HubTokenizer:
         return _whole_text(self, ids)
 
     def bytes_of(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
-        spelled = self._tokenizer.id_to_token(token)
-        return NO_TOKEN if spelled is None else _token_bytes(spelled, self._steps)
+        if token not in self._bytes:
+            spelled = self._tokenizer.id_to_token(token)
+            found = NO_TOKEN if spelled is None else _token_bytes(spelled, self._steps)
+            self._bytes[token] = self._added[token].encode() if token in self._added else found
+        return self._bytes[token]
 
     def content(self) -> dict:
         eot, bos = self._names
@@ -101,6 +103,7 @@ class SentencePieceTokenizer:
     def __init__(self, model: bytes, eot: str | None, bos: str | None):
         self.model, self._names = model, (eot, bos)
         self._processor = p = _sentencepiece(model)
+        self._bytes: dict[int, bytes] = {}  # what bytes_of found
         self.vocab_size = p.vocab_size()
         control = [id for id in range(self.vocab_size) if p.is_control(id) or p.is_unknown(id)]
         self.special_tokens = {p.id_to_piece(id): id for id in control}
@@ -119,11 +122,12 @@ class SentencePieceTokenizer:
         return _whole_text(self, ids)
 
     def bytes_of(self, token: int) -> bytes:
-        p = self._processor
-        if p.is_unknown(token):
-            return p.decode([token]).encode()  # its own sign for what it does not know
-        piece = p.id_to_piece(token)
-        return piece.encode() if p.is_control(token) else _piece_bytes(piece, p.is_byte(token))
+        if token not in self._bytes:
+            p = self._processor
+            piece = p.decode([token]) if p.is_unknown(token) else p.id_to_piece(token)  # it has a sign for the unknown
+            found = _piece_bytes(piece, p.is_byte(token))
+            self._bytes[token] = piece.encode() if p.is_control(token) else found
+        return self._bytes[token]
 
     def own_ids(self) -> dict[str, int]:
         """Return the ids that the model itself gives to its first and last token; -1 for none."""
@@ -173,7 +177,10 @@ def _whole_text(tokenizer: HubTokenizer | SentencePieceTokenizer, ids: Iterable[
 
 def _adds_space(tokenizer: HubTokenizer | SentencePieceTokenizer) -> bool:
     """Return whether the tokenizer puts a space before every text."""
-    return b"".join(map(tokenizer.bytes_of, tokenizer.encode("a"))).startswith(b" ")
+    try:
+        return b"".join(map(tokenizer.bytes_of, tokenizer.encode("a"))).startswith(b" ")
+    except ValueError:  # a vocabulary of characters, of which "a" is none
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
