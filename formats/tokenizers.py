@@ -56,14 +56,15 @@ def import_tokenizer(folder: Path) -> Tokenizer:
         content = read_json(path, "a tokenizer.json")
         names = _names_by_id(content, path)
         eot = _named(settings, "eos", names) or (EOT if EOT in names.values() else None)
-        return tokenizer_from_json(content, path, eot, _bos(settings, names, content.get("post_processor")))
+        return tokenizer_from_json(content, path, eot, _first_added(content.get("post_processor"), path))
     if (path := folder / "tokenizer.model").is_file():
         return _from_sentencepiece(path, settings)
     if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         content = _gpt2_json(path, folder / "merges.txt", settings["added_tokens"])
         names = _names_by_id(content, path)
         eot = _named(settings, "eos", names) or (EOT if EOT in names.values() else None)
-        return tokenizer_from_json(content, path, eot, _bos(settings, names, None))
+        adds_bos = settings["tokenizer_config"].get("add_bos_token", False)
+        return tokenizer_from_json(content, path, eot, _named(settings, "bos", names) if adds_bos else None)
     raise ValueError(f"{folder} holds no tokenizer: none of {LOOKED_FOR} is there")
 
 
@@ -131,16 +132,11 @@ def _named(settings: dict[str, dict], kind: str, names: dict[int, str]) -> str |
     return None
 
 
-def _bos(settings: dict[str, dict], names: dict[int, str], post_processor: dict | None) -> str | None:
-    """Return the name of the token that the original puts before every text; None if it puts none there.
+def _first_added(post_processor: dict | None, path: Path) -> str | None:
+    """Return the name of the token that a tokenizer.json puts before every text; None if it puts none there.
 
-    As in transformers, add_bos_token decides where it is given, and the post-processor elsewhere.
+    As in transformers, add_bos_token in the settings does not count where there is a tokenizer.json.
     """
-    match settings["tokenizer_config"].get("add_bos_token"):
-        case True:
-            return _named(settings, "bos", names)
-        case False:
-            return None
     try:
         for step in steps_of(post_processor, "processors"):
             match step:
@@ -149,7 +145,7 @@ def _bos(settings: dict[str, dict], names: dict[int, str], post_processor: dict 
                 case {"type": "BertProcessing" | "RobertaProcessing", "cls": [str(name), _]}:
                     return name
     except (KeyError, TypeError, IndexError):
-        raise ValueError("the tokenizer.json is damaged: its post_processor is none") from None
+        raise ValueError(f"{path} is damaged: its post_processor is none") from None
     return None
 
 
@@ -186,16 +182,26 @@ def _from_sentencepiece(path: Path, settings: dict[str, dict]) -> Tokenizer:
         raise ValueError(f"{path}: {error}") from None
     names = {id: name for name, id in plain.special_tokens.items()}
     settings["config"] = plain.own_ids() | settings["config"]
-    settings["tokenizer_config"].setdefault("add_bos_token", True)  # as LlamaTokenizer does
-    tokenizer = SentencePieceTokenizer(model, _named(settings, "eos", names), _bos(settings, names, None))
+    adds_bos = settings["tokenizer_config"].get("add_bos_token", True)  # as LlamaTokenizer does
+    bos = _named(settings, "bos", names) if adds_bos else None
+    tokenizer = SentencePieceTokenizer(model, _named(settings, "eos", names), bos)
     decoder = settings["tokenizer_config"].get("added_tokens_decoder") or {}
-    added = {int(id): token["content"] for id, token in decoder.items()}
-    added |= {id: name for name, id in settings["added_tokens"].items()}
-    new = sorted(id for id in added if id >= plain.vocab_size)
+    added = settings["added_tokens"] | {token["content"]: int(id) for id, token in decoder.items()}
+    names_of_new = {id: name for name, id in added.items() if id >= plain.vocab_size}
+    new = sorted(names_of_new)
+    matched = [token["content"] for id, token in decoder.items() if int(id) in new and not token.get("special")]
+    eot = settings["tokenizer_config"].get("eos_token")
+    reason = ""
     if new != list(range(plain.vocab_size, plain.vocab_size + len(new))):
-        raise ValueError(f"{path}: the tokens added to its {plain.vocab_size} pieces have ids with gaps, {new[:5]}: "
+        reason = f"have ids with gaps, {new[:5]}"
+    elif matched:
+        reason = f"are matched in texts, as {matched[0]!r} is"
+    elif isinstance(eot, str) and eot in names_of_new.values():
+        reason = f"end documents, as {eot!r} does"
+    if reason:
+        raise ValueError(f"{path}: tokens added to its {plain.vocab_size} pieces {reason}, which is not known here: "
                          "save the tokenizer with transformers first, as a tokenizer.json")  # fmt: skip
-    return ExtendedTokenizer(tokenizer, [added[id] for id in new]) if new else tokenizer
+    return ExtendedTokenizer(tokenizer, [names_of_new[id] for id in new]) if new else tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

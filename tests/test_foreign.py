@@ -224,9 +224,9 @@ def test_two_files_of_gpt2_are_imported(tmp_path):
 
 def test_a_bos_in_a_vocabulary_of_ours_is_saved(tmp_path):
     theirs = byte_level()
+    theirs.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
     theirs.save(str(tmp_path / "tokenizer.json"))
-    settings = {"eos_token": END, "bos_token": BOS, "add_bos_token": True}
-    write(tmp_path / "tokenizer_config.json", settings)
+    write(tmp_path / "tokenizer_config.json", {"eos_token": END, "bos_token": BOS})
     ours = import_tokenizer(tmp_path)
     ours.save(tmp_path)
     again = load_tokenizer(tmp_path)
@@ -283,6 +283,35 @@ def test_a_sentencepiece_model_keeps_its_ids_and_texts(options, tmp_path):
             assert ours.decode(ids) == text.replace("▁", " ")
     assert not {0, 1, 2} & set(ours.encode("<s></s><unk>"))
     assert pickle.loads(pickle.dumps(ours)).encode("<s> a") == theirs.encode("<s> a")
+
+
+def test_tokens_that_settings_add_to_a_sentencepiece_model_are_added(spm, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(spm[0])
+    settings = tmp_path / "tokenizer_config.json"
+    token = {"content": "<x>", "special": True}
+    write(settings, {"added_tokens_decoder": {"600": token, "1": {"content": BOS}}, "add_bos_token": False})
+    ours = import_tokenizer(tmp_path)
+    assert (ours.special_tokens["<x>"], ours.vocab_size, ours.bos_id, ours.eot_id) == (600, 601, None, 2)
+    assert ours.encode("<x>") == spm[1].encode("<x>") and ours.decode([*ours.encode("a b"), 600]) == "a b<x>"
+    for change, reason in [
+        ({"eos_token": "<x>"}, "end documents, as '<x>' does"),
+        ({"added_tokens_decoder": {"600": token | {"special": False}}}, "are matched in texts"),
+        ({"added_tokens_decoder": {"601": token}}, "have ids with gaps"),
+    ]:
+        write(settings, {"added_tokens_decoder": {"600": token}} | change)
+        with pytest.raises(ValueError, match=reason):
+            import_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("adds", [None, True, False])
+@pytest.mark.parametrize("make", [byte_level, llama2])
+def test_the_tokenizer_json_says_whether_a_bos_stands_before_texts_as_in_transformers(make, adds, tmp_path):
+    make().save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END}
+    write(tmp_path / "tokenizer_config.json", settings | ({} if adds is None else {"add_bos_token": adds}))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), import_tokenizer(tmp_path)
+    first = [] if ours.bos_id is None else [ours.bos_id]
+    assert theirs.encode("one") == [*first, *ours.encode("one")] and (ours.bos_id is None) == (make is byte_level)
 
 
 def test_a_sentencepiece_model_is_exported(spm, tmp_path):
