@@ -53,7 +53,8 @@ class BPE:
     special_tokens: {spelling: id} of tokens that `encode` never produces, so no text can forge them.
     matched_tokens: {spelling: id} of tokens that replace their spelling in a text before it is cut into chunks; of
     several at one place the longest (Hugging Face: added tokens that are not special).
-    eot: the special token that ends a document; None if there is none. bos: the one that begins it, where another does.
+    eot: the special token that ends a document; None if there is none. bos: the one that begins a text, where another
+    does; "" where none does.
     Raises ValueError if the merges and ids do not make a vocabulary.
     """
 
@@ -67,7 +68,7 @@ class BPE:
         self.matched_tokens = matched_tokens or {}
         if eot not in special_tokens and eot not in (EOT, None):
             raise ValueError(f"the end token {eot!r} is not among the special tokens: {', '.join(special_tokens)}")
-        if bos is not None and bos not in special_tokens:
+        if bos and bos not in special_tokens:
             raise ValueError(f"the first token {bos!r} is not among the special tokens: {', '.join(special_tokens)}")
         self.eot, self.bos = eot if eot in special_tokens else None, bos
         if sorted(alphabet) != list(range(256)):

@@ -92,11 +92,14 @@ def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Encode the prompt as the beginning of a document: after the tokenizer's BOS or end-of-text token, if it has one.
+    """Encode the prompt as the beginning of a text, after the token of `start_id` if there is one.
 
+    Where there is none, an empty prompt is the end-of-text token, or else a line break.
     Raises ValueError for a character that the tokenizer lacks.
     """
     start = start_id(tokenizer)
+    if start is None and not prompt:
+        start = tokenizer.eot_id
     if start is not None:
         return [start, *tokenizer.encode(prompt)]
     try:

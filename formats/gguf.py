@@ -176,7 +176,7 @@ def vocabulary(
     tokens = [spelled.get(id, f"[unused {id}]") for id in range(vocab_size)]
     return {
         "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges,
-        "add_bos": tokenizer.bos_id is not None, "bos": start_id(tokenizer),
+        "add_bos": start_id(tokenizer) is not None, "bos": start_id(tokenizer),
         "eos": tokenizer.eot_id if end_of_answer is None else end_of_answer, "chat_template": chat_template,
     }  # fmt: skip
 

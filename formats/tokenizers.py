@@ -73,10 +73,10 @@ def tokenizer_from_json(content: dict, path: str | Path, eot: str | None, bos: s
 
     eot, bos: the names of the tokens that end and begin documents; path is for messages only.
     """
-    bos = None if bos == eot else bos  # the token that ends a document begins the next one anyway
     content = _with_special(content, [name for name in (eot, bos) if name], path)
+    first = None if bos and bos == eot else bos or ""  # as in BPE: None where the end of the document before begins it
     try:
-        own, reason = BPETokenizer(vocabulary_from(content, path, eot, DROPPABLE, bos)), ""
+        own, reason = BPETokenizer(vocabulary_from(content, path, eot, DROPPABLE, first)), ""
     except ValueError as error:
         own, reason = None, str(error)
     try:
@@ -94,7 +94,7 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     texts = ADVERSARIAL + tuple(f"a {name}b" for name in a.special_tokens)
     if known is not None:
         texts = tuple("".join(c for c in text if c in known) for text in texts)
-    same = (a.special_tokens, a.eot_id, a.bos_id) == (b.special_tokens, b.eot_id, b.bos_id)
+    same = (a.special_tokens, a.eot_id, start_id(a)) == (b.special_tokens, b.eot_id, start_id(b))
     return same and all(a.encode(text) == b.encode(text) for text in texts)
 
 
@@ -267,7 +267,7 @@ def gguf_tokenizer(metadata: dict) -> Tokenizer:
     eot, bos = (None if id is None else tokens[id] for id in ids)
     types = [CONTROL if token in (eot, bos) else type for token, type in zip(tokens, types, strict=True)]
     if kind == "llama":
-        return SentencePieceTokenizer(_model_proto(tokens, scores, types, fields), eot, None if bos == eot else bos)
+        return SentencePieceTokenizer(_model_proto(tokens, scores, types, fields), eot, bos)
     return tokenizer_from_json(_gguf_json(tokens, types, fields), "the GGUF file's tokenizer", eot, bos)
 
 
@@ -331,15 +331,14 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | No
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     name_of = {id: name for name, id in tokenizer.special_tokens.items()}
     content = _content(tokenizer, base)
-    eot, bos = name_of.get(tokenizer.eot_id), name_of.get(tokenizer.bos_id)
-    if not same_ids(
-        base, HubTokenizer(_with_special(_content(base, base), [n for n in (eot, bos) if n], "it"), eot, bos)
-    ):
+    eot, first = name_of.get(tokenizer.eot_id), name_of.get(start_id(tokenizer))
+    special = [name for name in (eot, first) if name]
+    if not same_ids(base, HubTokenizer(_with_special(_content(base, base), special, "it"), eot, first)):
         raise ValueError(f"a tokenizer.json cannot give the ids of this {tokenizer.name} tokenizer")
-    if bos and not isinstance(base, HubTokenizer):
-        content["post_processor"] = _puts_first(bos, tokenizer.bos_id)
+    if first and not isinstance(base, HubTokenizer):
+        content["post_processor"] = _puts_first(first, start_id(tokenizer))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "bos_token": name_of.get(start_id(tokenizer)), "eos_token": eot}  # fmt: skip
+              "bos_token": first, "eos_token": eot}  # fmt: skip
     config |= {"chat_template": chat_template} if chat_template else {}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False, indent=1))

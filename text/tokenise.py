@@ -82,7 +82,7 @@ def encode(tokenizer: Tokenizer, dtype: np.dtype, task: list[Piece]) -> dict[str
             encoded = text.removeprefix(" ") if tokenizer.adds_space and not begins else text
             ids = tokenizer.encode(encoded)
             check_round_trip(encoded, tokenizer.decode(ids))
-            if begins and tokenizer.bos_id is not None:
+            if begins and tokenizer.bos_id not in (None, tokenizer.eot_id):
                 ids.insert(0, tokenizer.bos_id)
             if ends and tokenizer.eot_id is not None:
                 ids.append(tokenizer.eot_id)

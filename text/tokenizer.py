@@ -3,7 +3,7 @@
 Every tokenizer here has `name`, `vocab_size`, `special_tokens` (spelling → id), `eot_id` (the id of the token that ends
 a document, or None), `bos_id` (the id of a token of its own that begins a document, or None), `adds_space` (whether
 `encode` puts a space before every text), `encode(text)`, `decode(ids)` (of a whole text), `bytes_of(id)`, `content()`
-and `save(folder)`. Prompts and documents begin with `start_id(tokenizer)`: the bos_id, else the eot_id. `encode` treats
+and `save(folder)`. Prompts begin with `start_id(tokenizer)`, if it is not None. `encode` treats
 a special token that is spelled out in the text as ordinary text, so no document can forge the end of a document.
 `load_tokenizer` reads what `save` wrote: plain JSON with a checksum.
 """
@@ -179,8 +179,16 @@ Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer
 
 
 def start_id(tokenizer: Tokenizer) -> int | None:
-    """Return the token with which prompts and documents begin: the bos_id, else the eot_id, else None."""
-    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+    """Return the token with which prompts begin, None if they begin with none.
+
+    It is the bos_id; with our own tokenizers, which have none, the eot_id, since it ends the document before. An
+    imported tokenizer begins texts as its original does.
+    """
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    own = isinstance(base, CharTokenizer | TiktokenTokenizer) or (
+        isinstance(base, BPETokenizer) and base.bpe.bos is None
+    )
+    return tokenizer.eot_id if own else tokenizer.bos_id
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
