@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused
-from positions import RopeScaling, alibi_bias, alibi_slopes, rope_table, sinusoidal_table
+from positions import RopeScaling, alibi_bias, position_tables
 
 IGNORE = -100  # a target with this value is not counted in the loss
 GATED = ("swiglu", "geglu")  # MLPs with a gate, whose matrix and up's are stacked in one weight
@@ -341,16 +341,10 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.tok_emb.weight
         self.dropout = nn.Dropout(config.dropout)
-        if config.position == "learned":  # the tables of the others are recomputed from the config, never saved
+        if config.position == "learned":
             self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
-        elif config.position == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoidal_table(config.block_size, config.n_embd), persistent=False)
-        elif config.position == "alibi":
-            self.register_buffer("slopes", alibi_slopes(config.n_head), persistent=False)
-        elif config.position == "rope":
-            cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta, RopeScaling.of(config))
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+        for name, table in position_tables(config).items():  # never saved: the config says all about them
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     @torch.no_grad()

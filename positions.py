@@ -122,3 +122,19 @@ def alibi_bias(slopes: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """What ALiBi adds to the scores, -slope·|i-j|: (B or 1, H, T, S), for positions i (B, T) or (T,), j like i."""
     distance = (i.view(-1, 1, i.size(-1), 1) - j.view(-1, 1, 1, j.size(-1))).abs()
     return -slopes.view(-1, 1, 1) * distance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All tables of a model
+
+
+def position_tables(config) -> dict[str, Tensor]:
+    """The tables by which a model of that config knows positions, by name; none for learned positions and for none."""
+    if config.position == "sinusoidal":
+        return {"sinusoids": sinusoidal_table(config.block_size, config.n_embd)}
+    if config.position == "alibi":
+        return {"slopes": alibi_slopes(config.n_head)}
+    if config.position == "rope":
+        cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta, RopeScaling.of(config))
+        return {"cos": cos, "sin": sin}
+    return {}

@@ -164,9 +164,12 @@ def open_model(config: SampleConfig) -> TextModel:
     if not run.model_config.causal:
         raise ValueError(f"{config.out_dir}: this model (causal=False) sees the tokens that it would have to predict: "
                          "it can neither continue a text nor score one")  # fmt: skip
-    gpt, tokenizer = run.load_model(config.checkpoint).to(device), run.tokenizer
-    for p in gpt.parameters():  # but not the tables of positions, which are float32 in training too
-        p.data = p.data.to(DTYPES[pick_dtype(config.dtype, device)])
+    dtype = DTYPES[pick_dtype(config.dtype, device)]
+    if config.quantize == "int8":
+        check_int8(device, dtype)
+    # int8 rounds what is stored, layer by layer: no float32 copy of all weights is made
+    stored = config.quantize == "int8" and not config.score
+    gpt, tokenizer = run.load_model(config.checkpoint, None if stored else dtype).to(device), run.tokenizer
     if not config.score:  # --score also measures the model without quantization
         gpt = speed_up(gpt, config.rows(), config.quantize)
     if not run.fine_tuned:
@@ -335,8 +338,6 @@ def write_score(model: TextModel, config: SampleConfig, text: str) -> None:
         return {"tokens": n, "bytes": counted, "log_likelihood": logprob, "perplexity": perplexity(-logprob / n),
                 "bits_per_byte": -logprob / math.log(2) / counted}  # fmt: skip
 
-    if config.quantize == "int8":
-        check_int8(model.gpt)
     found = measure()
     if config.quantize != "none":
         speed_up(model.gpt, quantize=config.quantize)

@@ -60,9 +60,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.scale = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
-        self.pad = (0, -weight.size(1) % 16)  # zeros: the kernel reads 16 columns at once
-        self.q, self.bias = F.pad((weight.detach() / self.scale[:, None]).round(), self.pad).to(torch.int8), bias
+        W = weight.detach().float()
+        self.scale = W.abs().amax(1).clamp(min=1e-12) / 127
+        self.pad = (0, -W.size(1) % 16)  # zeros: the kernel reads 16 columns at once
+        self.q = F.pad((W / self.scale[:, None]).round(), self.pad).to(torch.int8)
+        self.bias = None if bias is None else bias.detach().float()
         self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,11 +80,15 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
     """Replace the model's linear layers by faster ones if it is on a CPU in float32; returns the model.
 
     rows: how many texts or beams are decoded at once, for which the layers are laid out; they serve any number.
-    quantize: "none" or "int8". Raises ValueError for int8 and a model elsewhere.
+    quantize: "none" or "int8", which rounds weights of up to 32 bits, layer by layer, and computes in float32.
+    Raises ValueError for int8 and a model elsewhere.
     """
+    weight = model.tok_emb.weight
     if quantize == "int8":
-        check_int8(model)
-    if not on_cpu(model) or rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
+        check_int8(weight.device, torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)
+    elif weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return model
+    if rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
         return model
     kind = Int8Linear if quantize == "int8" else SplitLinear if rows == 1 else PackedLinear
 
@@ -92,19 +98,13 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
         return kind(layer.rows() if isinstance(layer, Head) else layer.weight, layer.bias)
 
     replace_layers(model, faster)
-    return model
+    return model.float()
 
 
-def on_cpu(model: GPT) -> bool:
-    """Return whether the model is on a CPU, in float32."""
-    return model.tok_emb.weight.device.type == "cpu" and model.tok_emb.weight.dtype == torch.float32
-
-
-def check_int8(model: GPT) -> None:
-    """Raise ValueError if the model cannot be quantized to int8: it must be on a CPU, in float32."""
-    if not on_cpu(model):
-        weight = model.tok_emb.weight
-        raise ValueError(f"--quantize=int8 is for a CPU in float32, not {weight.device.type} in {weight.dtype}")
+def check_int8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError unless int8 weights can be used: on a CPU, where they are multiplied with float32 numbers."""
+    if device.type != "cpu" or dtype != torch.float32:
+        raise ValueError(f"--quantize=int8 is for a CPU in float32, not {device.type} in {dtype}")
 
 
 def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.files import read_json, replacing
+from common.layers import shapes_only
 from model import GPT, GPTConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -153,7 +154,7 @@ class Weight(NamedTuple):
 
 def our_shapes(config: GPTConfig) -> Shapes:
     """The name and shape of every weight of such a model, tied ones once."""
-    with torch.device("meta"):
+    with shapes_only():
         return {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
 
 

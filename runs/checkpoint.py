@@ -263,15 +263,39 @@ def number_of_weights(checkpoint: Path) -> int:
         raise ValueError(f"{path} is not a safetensors file ({error}); no other kind is loaded") from None
 
 
+def check_shapes(model: nn.Module, checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless a checkpoint's weights, given by name, have the names and shapes of the model's."""
+    wanted = {name: tuple(p.shape) for name, p in trained_weights(model).items()}
+    for name in sorted(shapes.keys() | wanted.keys()):
+        there, here = shapes.get(name, "none"), wanted.get(name, "none")
+        if there != here:
+            raise ValueError(f"{checkpoint} does not fit the config: {name} has shape {there} there and {here} here")
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Copy the checkpoint's weights into the model. Raises ValueError if names or shapes differ."""
     weights, parameters = read_tensors(checkpoint / FILES[0]), trained_weights(model)
-    for name in sorted(weights.keys() | parameters.keys()):
-        given, wanted = (tuple(d[name].shape) if name in d else "none" for d in (weights, parameters))
-        if given != wanted:
-            raise ValueError(f"{checkpoint} does not fit the config: {name} has shape {given} there and {wanted} here")
-        parameters[name].copy_(weights[name])
+    check_shapes(model, checkpoint, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def put_weights(model: GPT, checkpoint: Path, dtype: torch.dtype | None) -> None:
+    """Give a model without numbers the checkpoint's weights, one after the other, in that precision or in their own.
+
+    Raises ValueError if names or shapes differ.
+    """
+    with safe_open(checkpoint / FILES[0], framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        check_shapes(model, checkpoint, shapes)
+        for name in shapes:
+            stored = file.get_tensor(name)
+            layer, _, kind = name.rpartition(".")
+            # A copy: the file may be replaced while the model is in use
+            setattr(model.get_submodule(layer), kind, nn.Parameter(stored.to(dtype or stored.dtype, copy=True)))
+    if model.config.tie_embeddings:
+        model.head.weight = model.tok_emb.weight
 
 
 def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:

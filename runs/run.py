@@ -14,8 +14,17 @@ from torch import nn
 
 from common.config import build
 from common.files import checksum, read_json, write_json
+from common.layers import shapes_only
 from model import GPT, GPTConfig
-from runs.checkpoint import find_checkpoint, list_checkpoints, load_weights, number_of_weights, verify
+from positions import position_tables
+from runs.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_weights,
+    number_of_weights,
+    put_weights,
+    verify,
+)
 from text.chat import Template
 from text.styles import PLAINGPT, STYLES, TOKENS
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -146,42 +155,51 @@ class Run:
         """Return the "best", "latest" or named checkpoint. Raises ValueError if there is none."""
         return find_checkpoint(self.folder, which)
 
-    def load_model(self, which: str = "best") -> GPT:
+    def load_model(self, which: str = "best", dtype: torch.dtype | None = torch.float32) -> GPT:
         """Return the model of a verified checkpoint, in evaluation mode, on the CPU, with LoRA merged in.
 
+        dtype: the precision of the weights; None keeps that of the file. The tables of positions are float32.
         A run in training deletes old checkpoints; if that happens during the reading, this method tries once more.
         Raises ValueError if the checkpoint is missing or damaged, or if the tokenizer has more ids than the model.
         """
         before = self.checkpoints()
         try:
-            model = self._load(self.checkpoint(which))
+            model = self._load(self.checkpoint(which), dtype)
         except (ValueError, OSError):
             if self.checkpoints() == before:
                 raise
-            model = self._load(self.checkpoint(which))
+            model = self._load(self.checkpoint(which), dtype)
         if self.tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"it has {self.tokenizer.vocab_size} token ids, the model {model.config.vocab_size}"
             path = self.folder / TOKENIZER_FILE
             raise ValueError(f"{path} is not the one the model was trained with: {sizes}")
         return model.eval()
 
-    def _load(self, checkpoint: Path) -> GPT:
+    def _load(self, checkpoint: Path, dtype: torch.dtype | None) -> GPT:
         verify(checkpoint)
-        model = self.corrected_base() if self.lora else self.empty_model(checkpoint)
+        if not self.lora:
+            return self.model_of(checkpoint, dtype)
+        model = self.corrected_base()
         load_weights(model, checkpoint)
-        if self.lora:
-            merge_lora(model)
+        merge_lora(model)
+        for p in model.parameters():
+            p.data = p.data.to(dtype or p.dtype)
         return model
 
-    def empty_model(self, checkpoint: Path) -> GPT:
-        """Return a new model of the run's shape. Raises ValueError first if the checkpoint has another size."""
+    def model_of(self, checkpoint: Path, dtype: torch.dtype | None) -> GPT:
+        """Return the model of a checkpoint that holds all weights. Raises ValueError if they are not of its shape."""
         described, held = count_weights(self.model_config), number_of_weights(checkpoint)
         if described != held:
             raise ValueError(
                 f"{self.folder / CONFIG} describes a model of {described:,} weights, and {checkpoint.name} holds "
                 f"{held:,}: one of them is damaged or was replaced"
             )
-        return GPT(replace(self.model_config))  # a copy: `grow` may change the model's config
+        with shapes_only():
+            model = GPT(replace(self.model_config))  # a copy: `grow` may change the model's config
+        put_weights(model, checkpoint, dtype)
+        for name, table in position_tables(model.config).items():
+            model.register_buffer(name, table, persistent=False)
+        return model
 
     def corrected_base(self) -> GPT:
         """Return the base model of a run with LoRA, with corrections that are still zero."""

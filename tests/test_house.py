@@ -21,7 +21,7 @@ ROOMS = {
     "training": {"common", "fused", "model", "training"},
     "decoding": {"common", "model", "text", "decoding"},
     "formats": {"common", "model", "text.base", "bpe", "text", "formats"},
-    "runs": {"common", "model", "text", "training", "formats", "runs"},
+    "runs": {"common", "model", "positions", "text", "training", "formats", "runs"},
     "tasks": {"common", "model", "text", "training", "decoding", "runs", "tasks"},
     "train": {"common", "model", "text", "training", "runs", "tasks"},
     "finetune": {"common", "model", "text", "training", "runs", "tasks", "train"},

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
+from common.layers import shapes_only
 from model import GPT, GPTConfig
 from training.config import TrainConfig
 from training.device import Process, autocast
@@ -56,7 +57,7 @@ def count_weights(config: GPTConfig) -> int | float:
     widths = (config.n_head, config.n_embd, config.head_dim, config.mlp_dim, config.vocab_size, config.block_size)
     if max(widths) > ABSURD:
         return math.inf
-    with torch.device("meta"):
+    with shapes_only():
         one, two = (GPT(replace(config, n_layer=n)).num_params() for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one)
 
