@@ -3,9 +3,10 @@
 import secrets
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from common.files import errors_name, write_json
@@ -52,12 +53,16 @@ def import_run(foreign: Foreign, folder: Path, step: Callable[[int], object] = l
 
 
 def entries(foreign: Foreign) -> list[Entry]:
-    """The model's weights under our names, to be read one at a time as they are written."""
+    """The model's weights under our names, to be read one at a time as they are written.
+
+    Tensors that are stacked may have several precisions: the weight has the one that holds them all.
+    """
     shapes, tensors = our_shapes(foreign.config), foreign.tensors
     return [
-        Entry(name, shapes[name], tensors.dtype(weight.names[0]), partial(read_weight, tensors, weight))
+        Entry(name, shapes[name], reduce(torch.promote_types, map(tensors.dtype, weight.names)),
+              partial(read_weight, tensors, weight))
         for name, weight in foreign.renaming.weights.items()
-    ]
+    ]  # fmt: skip
 
 
 def imported(name: str) -> tuple[Run, list[str]]:
