@@ -210,6 +210,7 @@ def write_config(config: GPTConfig, kind: str) -> dict[str, Any]:
     if kind == "smollm3":
         layers = [int((layer + 1) % config.nope_every != 0) for layer in range(config.n_layer)]
         content |= {"no_rope_layer_interval": config.nope_every, "no_rope_layers": layers}
+        content["pad_token_id"] = None  # transformers' default, 128004, has no embedding in a smaller vocabulary
     if config.rope_scaling != "none":
         scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
         if config.rope_scaling == "llama3":

@@ -368,6 +368,8 @@ import resource, sys
 from contextlib import suppress
 from common import cli
 import convert
+def memory(kind):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind))
 small, large, folder = sys.argv[1:]
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -375,10 +377,10 @@ sys.argv[1:] = ["import", small, "--out_dir=" + folder + "/small"]
 with suppress(SystemExit):
     cli.run_command(convert.main)
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = memory("VmRSS")
 sys.argv[1:] = ["import", large, "--out_dir=" + folder + "/large"]
 convert.main()
-print("KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print("KiB", memory("VmHWM") - before)
 """
 
 
@@ -398,6 +400,7 @@ def publish_large(folder):
     return 4 * V * C
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process there")
 def test_a_full_disk_leaves_nothing_and_an_import_needs_the_memory_of_one_tensor(published, tmp_path):
     largest, out = publish_large(tmp_path / "published"), tmp_path / "out"
     arguments = [published, tmp_path / "published", out]
@@ -408,7 +411,7 @@ def test_a_full_disk_leaves_nothing_and_an_import_needs_the_memory_of_one_tensor
     assert "model.safetensors: File too large; free some space there" in done.stderr
     assert os.listdir(out) == ["large"]
     used = 1024 * int(done.stdout.split("KiB")[1])
-    assert used < 1.3 * largest, f"{used / largest:.2f} times the largest tensor"
+    assert 0.9 * largest < used < 1.3 * largest, f"{used / largest:.2f} times the largest tensor"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
