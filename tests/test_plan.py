@@ -144,6 +144,11 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(dtype, gpu):
     assert largest_batch(asked, [1e3]) == [0]
 
 
+def test_a_batch_of_one_row_that_is_too_large_already_is_told_as_none():
+    asked = job("bfloat16", True, vocab_size=2**17, block_size=4096)  # one row has several chunks of logits
+    assert largest_batch(asked, [1e6]) == [0]
+
+
 @pytest.mark.parametrize(
     "text, size", [("24GB", 24e9), ("24GiB", 24 * 2**30), ("24000MB", 24e9), ("1.5 gib", 1.5 * 2**30)]
 )

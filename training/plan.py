@@ -322,7 +322,7 @@ def largest_batch(job: Job, rooms: list[float]) -> list[int]:
         if size > 1:
             slopes.append((needs[-1] - needs[-2]) / (size // 2))
         several = size * config.block_size * config.vocab_size > 2 * fused.LOGITS_AT_ONCE["cuda"]
-        if several and math.isclose(slopes[-1], slopes[-2], rel_tol=1e-3):
+        if several and size > 1 and math.isclose(slopes[-1], slopes[-2], rel_tol=1e-3):
             break
 
     def within(room: float) -> int:
