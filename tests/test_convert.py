@@ -45,7 +45,6 @@ def transformers_oracle(kind, folder):
     """What transformers itself does with the folder."""
     publish(kind, folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    first = [] if tokenizer.bos_token_id is not None else [tokenizer.eos_token_id]
 
     def greedy(ids):
         idx = torch.tensor([ids])
@@ -60,7 +59,7 @@ def transformers_oracle(kind, folder):
     return SimpleNamespace(
         kind=kind, folder=folder, greedy=greedy, logits=logits, text=tokenizer.decode, chat=lambda talk:
         tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False),
-        ids=lambda text: [*first, *tokenizer.encode(text)],
+        ids=tokenizer.encode,
     )  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def baichuan2_oracle(folder):
 
     return SimpleNamespace(
         kind="baichuan2", folder=folder, greedy=greedy, logits=logits, text=processor.decode,
-        ids=lambda text: [2, *processor.encode(text)],
+        ids=processor.encode,
         chat=lambda talk: [user, *processor.encode(talk[0]["content"]), answer],
     )  # fmt: skip
 
