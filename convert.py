@@ -4,6 +4,7 @@
     python convert.py import hf:Qwen/Qwen3-0.6B
     python convert.py export --out_dir=out/pydocs --to=pydocs-hf
     python convert.py export --out_dir=out/pydocs --to=pydocs.gguf
+    python convert.py export --out_dir=out/mine --to=adapter --adapter
 
 `import` reads a model folder in Hugging Face's layout, a GGUF file, nanoGPT's ckpt.pt or a name of the Hub. It writes a
 run, which sample.py, finetune.py and train.py --init_from use like any other. `export` writes a folder that
@@ -30,11 +31,12 @@ from tqdm import tqdm
 from common.files import errors_name
 from formats.export import DTYPES, export_weights, write_folder
 from formats.gguf import vocabulary, write_gguf
+from formats.peft import export_adapter
 from formats.source import HUB, open_source
 from formats.weights import our_shapes
 from runs.checkpoint import FILES, read_state, verify
 from runs.importing import import_run
-from runs.run import Run
+from runs.run import IMPORT, Run
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
@@ -51,6 +53,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--to", required=True, help="a new folder for transformers, or a new file x.gguf for llama.cpp")
     sub.add_argument("--checkpoint", default="best", help="best | latest | a name such as step_00001000")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of a folder's weights (default float32)")
+    sub.add_argument("--adapter", action="store_true", help="of a run with LoRA, write only the corrections, for peft")
     return parser.parse_args(argv)
 
 
@@ -94,28 +97,49 @@ def export_run(options: argparse.Namespace) -> None:
     checkpoint = run.checkpoint(options.checkpoint)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with errors_name(temporary), weights_of(run, checkpoint) as read:
+        with errors_name(temporary):
             temporary.parent.mkdir(parents=True, exist_ok=True)
-            content, entries = export_weights(run.model_config, read, DTYPES[options.dtype])
-            with progress("exporting", sum(entry.size for entry in entries)) as step:
-                if target.suffix == ".gguf":
-                    fields = vocabulary(run.tokenizer, run.model_config.vocab_size, **chat_of(run))
-                    write_gguf(temporary, content, entries, fields, step)
-                else:
-                    temporary.mkdir()
-                    write_folder(temporary, content, entries, run.tokenizer, model_card(run, checkpoint), step=step,
-                                 **chat_of(run))  # fmt: skip
+            if options.adapter:
+                what = write_adapter(run, checkpoint, temporary)
+            else:
+                what = write_model(run, checkpoint, temporary, options.dtype, gguf=target.suffix == ".gguf")
             if target.is_dir():
                 target.rmdir()
             temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
-    if target.suffix == ".gguf":
-        print(f"{target}: a {content['model_type']} in float16, for llama.cpp and what is built on it")
-    else:
-        print(f"{target}: a {content['architectures'][0]} in {options.dtype}; "
-              f"transformers' AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")  # fmt: skip
+    print(f"{target}: {what}")
+
+
+def write_model(run: Run, checkpoint: Path, path: Path, dtype: str, gguf: bool) -> str:
+    """Write the whole model, as a GGUF file or as a folder for transformers; returns what it is, in words."""
+    with weights_of(run, checkpoint) as read:
+        content, entries = export_weights(run.model_config, read, DTYPES[dtype])
+        with progress("exporting", sum(entry.size for entry in entries)) as step:
+            if gguf:
+                fields = vocabulary(run.tokenizer, run.model_config.vocab_size, **chat_of(run))
+                write_gguf(path, content, entries, fields, step)
+                return f"a {content['model_type']} in float16, for llama.cpp and what is built on it"
+            path.mkdir()
+            card = model_card(run, checkpoint)
+            write_folder(path, content, entries, run.tokenizer, card, step=step, **chat_of(run))
+    return f"a {content['architectures'][0]} in {dtype}, which transformers' AutoModelForCausalLM loads"
+
+
+def write_adapter(run: Run, checkpoint: Path, path: Path) -> str:
+    """Write the corrections of a run with LoRA for peft; returns what they are, in words. ValueError for other runs."""
+    if not run.lora:
+        raise ValueError(f"{run.folder} has no LoRA corrections: leave --adapter out")
+    if run.lora.new_rows:
+        raise ValueError(f"{run.folder} has also trained {len(run.lora.new_rows)} new tokens, which an adapter of low "
+                         "rank cannot hold: leave --adapter out, which merges all corrections")  # fmt: skip
+    verify(checkpoint)
+    path.mkdir()
+    base = run.base.origin.source.removeprefix(HUB) if run.base.task == IMPORT else str(run.base.folder)
+    with safe_open(checkpoint / FILES[0], framework="pt") as file:
+        export_adapter(path, run.model_config, run.lora.rank, run.lora.alpha, run.lora.targets, base, file.get_tensor)
+    return f"an adapter of rank {run.lora.rank}, which peft applies to {base}"
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """convert.py export: what transformers loads computes and says what the run does, and imported again it is the run."""
 
+import importlib.util
+import json
 import os
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +203,32 @@ def test_a_run_with_lora_is_exported_merged(published, tmp_path):
     assert_loads(run, folder)
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(TALK, return_dict=False, add_generation_prompt=True)
     assert ids == run.template().render(TALK, reply=True)[0]
+    check_adapter(run, source, folder, tmp_path / "adapter")
+
+
+def check_adapter(run, source, merged, folder):
+    """An adapter holds, matrix by matrix, what the merged export adds to the base model; see also peft itself."""
+    done = command(convert.main, "export", f"--out_dir={run.folder}", f"--to={folder}", "--adapter")
+    if run.lora.new_rows:
+        assert "new tokens, which an adapter of low rank cannot hold" in error_of(done) and not folder.exists()
+        return
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (2, source.origin.source)
+    adapter, scale = load_file(folder / "adapter_model.safetensors"), config["lora_alpha"] / config["r"]
+    before, after = load_file(Path(source.origin.source) / "model.safetensors"), weights_of(merged)
+    corrected = {name.removesuffix(".lora_A.weight") for name in adapter if ".lora_A." in name}
+    assert {name.rpartition(".")[2] for name in corrected} == set(config["target_modules"]) and len(corrected) > 6
+    for name in corrected:
+        A, B = adapter[f"{name}.lora_A.weight"], adapter[f"{name}.lora_B.weight"]
+        weight = name.removeprefix("base_model.model.") + ".weight"
+        torch.testing.assert_close(before[weight] + scale * B @ A, after[weight])
+    if importlib.util.find_spec("peft"):
+        from peft import PeftModel
+
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source.origin.source), folder).eval()
+        idx = torch.arange(20)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(idx).logits, run.load_model()(idx)[0], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
