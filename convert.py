@@ -52,7 +52,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--out_dir", required=True, help="the run to export")
     sub.add_argument("--to", required=True, help="a new folder for transformers, or a new file x.gguf for llama.cpp")
     sub.add_argument("--checkpoint", default="best", help="best | latest | a name such as step_00001000")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of a folder's weights (default float32)")
+    sub.add_argument("--dtype", choices=[*DTYPES, "q8_0"], help="of the weights; default: float32 in a folder, "
+                     "float16 in a GGUF file (q8_0, numbers of 8 bits, is for GGUF files only)")  # fmt: skip
     sub.add_argument("--adapter", action="store_true", help="of a run with LoRA, write only the corrections, for peft")
     return parser.parse_args(argv)
 
@@ -94,6 +95,10 @@ def export_run(options: argparse.Namespace) -> None:
     run, target = Run.open(options.out_dir), Path(options.to)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --to, or delete it")
+    gguf = target.suffix == ".gguf"
+    default, allowed = ("float16", ("float16", "q8_0")) if gguf else ("float32", tuple(DTYPES))
+    if options.dtype and options.dtype not in allowed:
+        raise ValueError(f"{target} cannot be written in {options.dtype}; --dtype is one of {', '.join(allowed)}")
     checkpoint = run.checkpoint(options.checkpoint)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -102,7 +107,7 @@ def export_run(options: argparse.Namespace) -> None:
             if options.adapter:
                 what = write_adapter(run, checkpoint, temporary)
             else:
-                what = write_model(run, checkpoint, temporary, options.dtype, gguf=target.suffix == ".gguf")
+                what = write_model(run, checkpoint, temporary, options.dtype or default, gguf)
             if target.is_dir():
                 target.rmdir()
             temporary.rename(target)
@@ -115,12 +120,12 @@ def export_run(options: argparse.Namespace) -> None:
 def write_model(run: Run, checkpoint: Path, path: Path, dtype: str, gguf: bool) -> str:
     """Write the whole model, as a GGUF file or as a folder for transformers; returns what it is, in words."""
     with weights_of(run, checkpoint) as read:
-        content, entries = export_weights(run.model_config, read, DTYPES[dtype])
+        content, entries = export_weights(run.model_config, read, torch.float32 if gguf else DTYPES[dtype])
         with progress("exporting", sum(entry.size for entry in entries)) as step:
             if gguf:
                 fields = vocabulary(run.tokenizer, run.model_config.vocab_size, **chat_of(run))
-                write_gguf(path, content, entries, fields, step)
-                return f"a {content['model_type']} in float16, for llama.cpp and what is built on it"
+                write_gguf(path, content, entries, fields, {"float16": "F16", "q8_0": "Q8_0"}[dtype], step)
+                return f"a {content['model_type']} in {dtype}, for llama.cpp and what is built on it"
             path.mkdir()
             card = model_card(run, checkpoint)
             write_folder(path, content, entries, run.tokenizer, card, step=step, **chat_of(run))

@@ -40,12 +40,9 @@ class GGUF:
     """
 
     def __init__(self, path: Path):
+        gguf = package()
         try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise ValueError("reading a .gguf file needs the package gguf: pip install gguf") from None
-        try:
-            reader = GGUFReader(path)
+            reader = gguf.GGUFReader(path)
             self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the package raises whatever goes wrong first in a damaged file
             raise ValueError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
@@ -68,12 +65,10 @@ class GGUF:
         return PLAIN.get(self.tensors[name].tensor_type.name, torch.float32)
 
     def read(self, name: str) -> Tensor:
-        from gguf.quants import dequantize
-
         stored = self.tensors[name]
         kind = stored.tensor_type.name
         try:
-            numbers = dequantize(stored.data, stored.tensor_type)
+            numbers = package().quants.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
             raise ValueError(
                 f"{self.place}: {name} is stored as {kind}, which the package gguf cannot unpack"
@@ -182,45 +177,61 @@ def vocabulary(
 
 
 def write_gguf(
-    path: Path, content: dict[str, Any], entries: list[Entry], fields: dict[str, Any],
+    path: Path, content: dict[str, Any], entries: list[Entry], fields: dict[str, Any], kind: str = "F16",
     step: Callable[[int], object] = lambda size: None,
 ) -> None:  # fmt: skip
-    """Write a model as a GGUF file: matrices in float16, norms in float32, as llama.cpp wants them.
+    """Write a model as a GGUF file: its matrices in float16 (F16) or in bytes (Q8_0), its norms in float32.
 
+    Q8_0: blocks of 32 numbers of a row share a scale; matrices whose rows are no multiple of that stay float16.
     content, entries: config.json and tensors of the model in Hugging Face's form, from `export_weights`. fields: of the
     tokenizer, from `vocabulary`. Raises ValueError for a model that is not of ARCHITECTURES.
     """
-    kind = content["model_type"]
-    if kind not in ARCHITECTURES or content.get("rope_scaling"):
-        raise ValueError(
-            f"a GGUF file is written of {', '.join(ARCHITECTURES)} without scaled RoPE, not of this {kind}"
-        )
+    architecture = content["model_type"]
+    if architecture not in ARCHITECTURES or content.get("rope_scaling"):
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"a GGUF file is written of {known} without scaled RoPE, not of this {architecture}")
+    gguf = package()
     ours = {hub: own for own, hub in (LAYER | WHOLE).items()}
-    dtypes = [np.float32 if len(entry.shape) == 1 else np.float16 for entry in entries]
-    writer = open_writer(path, kind)
+    types = [gguf.GGMLQuantizationType[stored_as(entry.shape, kind)] for entry in entries]
+    writer = gguf.GGUFWriter(path, architecture)
     try:
         write_fields(writer, content, fields)
-        for entry, dtype in zip(entries, dtypes, strict=True):
-            size = torch.Size(entry.shape).numel() * np.dtype(dtype).itemsize
-            writer.add_tensor_info(file_name(entry.name, ours), entry.shape, np.dtype(dtype), size)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        for entry, type in zip(entries, types, strict=True):
+            size = entry.size // entry.dtype.itemsize  # numbers
+            block, block_bytes = gguf.GGML_QUANT_SIZES[type]
+            writer.add_tensor_info(
+                file_name(entry.name, ours), gguf.quant_shape_to_byte_shape(entry.shape, type) if block > 1
+                else entry.shape, np.dtype({"F32": np.float32, "F16": np.float16}.get(type.name, np.uint8)),
+                size // block * block_bytes, raw_dtype=type if block > 1 else None,
+            )  # fmt: skip
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry, dtype in zip(entries, dtypes, strict=True):
-            writer.write_tensor_data(stored_rows(entry.make(), entry.name, kind, content).numpy().astype(dtype))
+        for entry, type in zip(entries, types, strict=True):
+            rows = stored_rows(entry.make(), entry.name, architecture, content).numpy()
+            writer.write_tensor_data(gguf.quants.quantize(rows, type))
             step(entry.size)
     finally:
         writer.close()
     sync(path)
 
 
-def open_writer(path: Path, kind: str) -> Any:
-    """A writer of the package gguf."""
+def stored_as(shape: tuple[int, ...], kind: str) -> str:
+    """The type in which a tensor of that shape is written."""
+    if len(shape) == 1:
+        return "F32"
+    return kind if kind != "Q8_0" or shape[-1] % 32 == 0 else "F16"
+
+
+def package() -> Any:
+    """The package gguf. Raises ValueError if it is not installed."""
     try:
-        from gguf import GGUFWriter
+        import gguf
+        import gguf.quants
     except ImportError:
-        raise ValueError("writing a .gguf file needs the package gguf: pip install gguf") from None
-    return GGUFWriter(path, kind)
+        raise ValueError("a .gguf file needs the package gguf: pip install gguf") from None
+    return gguf
 
 
 def write_fields(writer: Any, content: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -238,7 +249,6 @@ def write_fields(writer: Any, content: dict[str, Any], fields: dict[str, Any]) -
     writer.add_rope_freq_base(content["rope_theta"])
     writer.add_layer_norm_rms_eps(content["rms_norm_eps"])
     writer.add_vocab_size(content["vocab_size"])
-    writer.add_file_type(1)  # mostly float16
     writer.add_tokenizer_model(fields["model"])
     writer.add_tokenizer_pre(fields["pre"])
     writer.add_token_list(fields["tokens"])
