@@ -136,7 +136,8 @@ def hub_name(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
-# Our patterns as llama.cpp calls them. "dbrx" is GPT-4's pattern with merges that count, unlike that of Llama 3.
+# Our patterns as llama.cpp calls them. "dbrx" is GPT-4's, but for one thing: where a text ends in a line break and
+# other white space, it cuts between the two.
 PATTERN_NAMES = {"gpt2": "gpt-2", "gpt4": "dbrx"}
 
 

@@ -234,6 +234,7 @@ PRE_TOKENIZERS = {
     "gpt-2": _byte_level(True),
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(True)]},
     "llama-bpe": _splits(_words(r"\p{N}{1,3}")),
+    "dbrx": _splits(_words(r"\p{N}{1,3}")),  # of GPT-4, with merges that count
     "qwen2": _splits(_words(r"\p{N}")),
     "default": _splits(
         r"[\p{P}\$\+<=>\^~\|]+",

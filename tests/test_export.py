@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import finetune
 import formats.export
 import sample
 from bpe import train as learn
+from decoding.stream import prompt_tokens
 from formats.tokenizers import ADVERSARIAL
 from formats.weights import write_shards
 from model import GPTConfig
@@ -229,6 +231,45 @@ def check_adapter(run, source, merged, folder):
         idx = torch.arange(20)[None]
         with torch.no_grad():
             torch.testing.assert_close(theirs(idx).logits, run.load_model()(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+@pytest.mark.parametrize("options", [{}, PLAIN, PLAIN | {"qkv_bias": True}], ids=["qwen3", "llama", "qwen2"])
+def test_a_gguf_file_holds_the_rounded_model_and_its_tokenizer(options, dtype, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    vocabulary = BPETokenizer(learn([PROSE], 384))
+    config = GPTConfig(vocab_size=390, block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, **options)
+    run = run_of(config, tmp_path / "run", vocabulary)
+    file = run_export(run.folder, tmp_path / "model.gguf", f"--dtype={dtype}")
+    again = run_import(file, tmp_path / "again")
+    assert again.model_config == run.model_config
+    texts = [text for text in ADVERSARIAL if not re.search(r"[\r\n][^\S\r\n]+$", text)]
+    assert [again.tokenizer.encode(text) for text in texts] == [vocabulary.encode(text) for text in texts]
+    assert again.tokenizer.special_tokens.items() >= vocabulary.special_tokens.items()
+    assert prompt_tokens(again.tokenizer, "a") == prompt_tokens(vocabulary, "a")
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    before, after = run.load_model().state_dict(), again.load_model().state_dict()
+    for name, weight in before.items():
+        rounded = weight.half().float() if weight.dim() > 1 else weight
+        if dtype == "q8_0" and weight.dim() > 1 and weight.size(1) % 32 == 0:
+            rounded = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q8), q8))
+        torch.testing.assert_close(after[name], rounded, rtol=0, atol=0)
+
+
+def test_what_a_gguf_file_cannot_hold_is_refused(tmp_path):
+    small = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    digits = BPETokenizer(learn([PROSE], 300, pattern="digits"))
+    for name, config, tokenizer, complaint in [
+        ("gpt2", CLASSIC | {"mlp": "gelu", "bias": True}, BPETokenizer(learn([PROSE], 300)), "not of this gpt2"),
+        ("digits", {}, digits, "pattern"),
+    ]:
+        run = run_of(GPTConfig(vocab_size=300, **small, **config), tmp_path / name, tokenizer)
+        done = command(convert.main, "export", f"--out_dir={run.folder}", f"--to={tmp_path / 'x.gguf'}")
+        assert complaint in error_of(done) and sorted(os.listdir(tmp_path)) == sorted({"gpt2", name})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
