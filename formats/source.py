@@ -28,6 +28,7 @@ GPT2_NAMES = (
     "gpt2-xl",
 )  # --init_from takes these without "hf:", as nanoGPT's does
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
+HUB_OTHERS = ["*/*", "consolidated*"]  # the same weights in other forms
 GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's tokens; nanoGPT pads them to a multiple of 64
 
 
@@ -72,6 +73,9 @@ def open_source(source: str, tokenizer: str = "", ignore: tuple[str, ...] = ()) 
         else:
             raise ValueError(f"{source} is of no known kind: give a model's folder, a .gguf file or nanoGPT's ckpt.pt")
     check_names(foreign.tensors, foreign.renaming, our_shapes(foreign.config))
+    if (ids := foreign.tokenizer.vocab_size) > foreign.config.vocab_size:
+        raise ValueError(f"{foreign.tensors.place} has embeddings for {foreign.config.vocab_size:,} tokens, and its "
+                         f"tokenizer has {ids:,}: give the one it was trained with, by --tokenizer")  # fmt: skip
     return foreign
 
 
@@ -82,7 +86,7 @@ def download(name: str) -> Path:
     except ImportError:
         raise ValueError("fetching a model needs the package huggingface_hub: pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_OTHERS))
     except Exception as error:  # of the network or of the Hub, in many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(

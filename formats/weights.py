@@ -9,6 +9,7 @@ Notable:
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -215,13 +216,19 @@ def check_names(tensors: Tensors, renaming: Renaming, shapes: Shapes) -> None:
             raise ValueError(f"{tensors.place}: {first} and {two} differ, though its config says that they are tied")
 
 
+def dtype_of(tensors: Tensors, weight: Weight) -> torch.dtype:
+    """The precision for one of our weights: the highest of its tensors, and at least float32 if it is computed."""
+    stored = reduce(torch.promote_types, map(tensors.dtype, weight.names))
+    return stored if (weight.scale, weight.shift) == (1.0, 0.0) else torch.promote_types(stored, torch.float32)
+
+
 def read_weight(tensors: Tensors, weight: Weight) -> Tensor:
-    """One of our weights, in the precision in which it is stored."""
+    """One of our weights, in the precision that `dtype_of` says."""
     parts = [tensors.read(name) for name in weight.names]
     parts = [part.mT if weight.transposed else part for part in parts]
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     if (weight.scale, weight.shift) != (1.0, 0.0):
-        tensor = (tensor.float() * weight.scale + weight.shift).to(tensor.dtype)
+        tensor = tensor.to(dtype_of(tensors, weight)) * weight.scale + weight.shift
     return tensor.contiguous()
 
 

@@ -1,17 +1,16 @@
-"""A foreign model becomes a run: its weights are copied tensor by tensor, in their own precision."""
+"""A foreign model becomes a run: its weights are copied tensor by tensor, in a precision that holds them."""
 
 import secrets
 import shutil
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from common.files import errors_name, write_json
 from formats.source import HUB, Foreign, open_source
-from formats.weights import Entry, our_shapes, read_weight, write_safetensors
+from formats.weights import Entry, dtype_of, our_shapes, read_weight, write_safetensors
 from runs.checkpoint import FILES, seal
 from runs.run import IMPORT, Origin, Run
 from text.styles import PLAINGPT, default_system, detect_style
@@ -53,16 +52,12 @@ def import_run(foreign: Foreign, folder: Path, step: Callable[[int], object] = l
 
 
 def entries(foreign: Foreign) -> list[Entry]:
-    """The model's weights under our names, to be read one at a time as they are written.
-
-    Tensors that are stacked may have several precisions: the weight has the one that holds them all.
-    """
+    """The model's weights under our names, to be read one at a time as they are written."""
     shapes, tensors = our_shapes(foreign.config), foreign.tensors
     return [
-        Entry(name, shapes[name], reduce(torch.promote_types, map(tensors.dtype, weight.names)),
-              partial(read_weight, tensors, weight))
+        Entry(name, shapes[name], dtype_of(tensors, weight), partial(read_weight, tensors, weight))
         for name, weight in foreign.renaming.weights.items()
-    ]  # fmt: skip
+    ]
 
 
 def imported(name: str) -> tuple[Run, list[str]]:
@@ -75,4 +70,9 @@ def imported(name: str) -> tuple[Run, list[str]]:
             return run, []
         raise ValueError(f"{folder} is where {hub} would be imported, and it holds another run: move it first")
     foreign = open_source(hub)
-    return import_run(foreign, folder), [f"{hub} was imported as {folder}", *foreign.notes]
+    try:
+        return import_run(foreign, folder), [f"{hub} was imported as {folder}", *foreign.notes]
+    except (ValueError, OSError):
+        if folder.exists():  # another process, such as torchrun starts, was faster
+            return imported(name)
+        raise

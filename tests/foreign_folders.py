@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import convert
@@ -34,6 +36,8 @@ KINDS = {
     "llama": ("LlamaForCausalLM", SIZES, LLAMA3_TOKENS, LLAMA3_TOKENS[0], "<|eot_id|>", LLAMA3),
     "qwen3": ("Qwen3ForCausalLM", SIZES | {"head_dim": 16, "tie_word_embeddings": True},
               [EOT, "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", QWEN2_5),
+    "gemma": ("GemmaForCausalLM", SIZES | {"head_dim": 12, "pad_token_id": None},
+              ["<bos>", "<eos>"], "<bos>", "<eos>", None),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, [EOT], None, EOT, None),
 }  # fmt: skip
 
@@ -105,6 +109,14 @@ def publish(kind: str, folder: Path, **options: object) -> torch.nn.Module:
     found = randomise(model(config))
     found.save_pretrained(folder)
     return found
+
+
+def halve(source: Path, folder: Path) -> Path:
+    """Copy a published folder with its weights in bfloat16."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(source / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
 
 
 def run_of(config: GPTConfig, folder: Path, tokenizer, seed: int = 0) -> Run:

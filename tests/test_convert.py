@@ -21,10 +21,12 @@ import convert
 import finetune
 import sample
 import train
+from bench import real_model
+from runs.importing import imported
 from runs.run import Run
 from tests import baichuan2_reference
 from tests.bpe_helpers import PROSE
-from tests.foreign_folders import EOT, byte_level, command, publish, randomise, run_import, write_talks
+from tests.foreign_folders import EOT, byte_level, command, halve, publish, randomise, run_import, write_talks
 from tests.foreign_models import save_baichuan2
 from tests.helpers import error_of, json_lines
 from tests.test_templates import BAICHUAN2, QWEN
@@ -166,6 +168,19 @@ def test_it_is_fine_tuned_in_its_own_style(model, options, tmp_path):
     assert sampled(run, "--prompt=one", "--temperature=0", "--max_new_tokens=3")["tokens"]
 
 
+def test_what_is_computed_from_bfloat16_is_not_rounded_to_it(tmp_path):
+    """Gemma's norms are 1 + w, and its embeddings are multiplied by √C."""
+    publish("gemma", tmp_path / "theirs")
+    half = halve(tmp_path / "theirs", tmp_path / "half")
+    run = run_import(half, tmp_path / "run")
+    theirs, idx = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32), torch.arange(50)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(run.load_model()(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    (weights,) = run.folder.rglob("model.safetensors")
+    kinds = {name: tensor.dtype for name, tensor in load_file(weights).items()}
+    assert kinds["norm.weight"] == torch.float32 and kinds["blocks.0.mlp.up.weight"] == torch.bfloat16
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # nanoGPT
 
@@ -221,6 +236,9 @@ def test_nanogpts_vocabulary_is_asked_for_and_may_be_given(tmp_path):
     save_meta(tmp_path / "other.pkl")
     run = run_import(tmp_path / "ckpt.pt", tmp_path / "run", f"--tokenizer={tmp_path / 'other.pkl'}")
     assert run.tokenizer.decode([39, 38]) == "aZ"
+    save_nanogpt(tmp_path / "ckpt.pt", 60)
+    done = command(convert.main, "import", tmp_path / "ckpt.pt", f"--tokenizer={tmp_path / 'other.pkl'}")
+    assert "embeddings for 60 tokens, and its tokenizer has 65" in error_of(done)
 
 
 class Runs:
@@ -260,7 +278,7 @@ def write_gguf(path):
     content = json.loads(byte_level([EOT]).to_str())["model"]
     tokens = list(content["vocab"])
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
+    writer.add_context_length(600)
     writer.add_embedding_length(C)
     writer.add_block_count(L)
     writer.add_feed_forward_length(M)
@@ -296,7 +314,7 @@ def write_gguf(path):
     writer.close()
 
 
-def test_a_gguf_file_is_the_model_that_transformers_reads_from_it(tmp_path):
+def test_a_gguf_file_is_the_model_that_transformers_reads_from_it(tmp_path, monkeypatch, capsys):
     write_gguf(tmp_path / "tiny.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
@@ -310,6 +328,10 @@ def test_a_gguf_file_is_the_model_that_transformers_reads_from_it(tmp_path):
     kinds = {name: tensor.dtype for name, tensor in load_file(weights).items()}
     assert kinds["blocks.0.attention.out.weight"] == torch.float16
     assert kinds["blocks.0.mlp.up.weight"] == kinds["blocks.0.attention.qkv.weight"] == torch.float32
+    monkeypatch.setattr(sys, "argv", ["real_model.py", str(run.folder), str(tmp_path / "tiny.gguf"), "--new=3"])
+    real_model.main()
+    printed = capsys.readouterr().out
+    assert printed.count("same ids |") == 6 and printed.count("15 of 15 texts the same") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,7 +443,7 @@ def test_init_from_takes_a_name_of_the_hub_and_imports_it_once(tmp_path, monkeyp
     publish("gpt2", tmp_path / "published")
     asked = []
 
-    def fetched(name, allow_patterns):
+    def fetched(name, **patterns):
         asked.append(name)
         return str(tmp_path / "published")
 
@@ -441,10 +463,26 @@ def test_init_from_takes_a_name_of_the_hub_and_imports_it_once(tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
 
 
+def test_of_two_processes_that_import_at_once_one_waits_for_no_one_and_both_get_the_run(tmp_path, monkeypatch):
+    publish("gpt2", tmp_path / "published")
+    asked = []
+
+    def fetched(name, **patterns):
+        asked.append(name)
+        if len(asked) == 1:  # meanwhile another process imports it too, and ends first
+            imported(f"hf:{name}")
+        return str(tmp_path / "published")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    run, _ = imported("gpt2")
+    assert len(asked) == 2 and os.listdir("out") == ["gpt2"] and run.load_model()
+
+
 def test_without_the_network_or_the_package_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def fails(name, allow_patterns):
+    def fails(name, **patterns):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
@@ -24,7 +24,7 @@ from formats.weights import write_shards
 from model import GPTConfig
 from runs.run import Run
 from tests.bpe_helpers import PROSE
-from tests.foreign_folders import command, publish, run_export, run_import, run_of, write_talks
+from tests.foreign_folders import command, halve, publish, run_export, run_import, run_of, write_talks
 from tests.helpers import error_of, json_lines
 from text.tokenizer import BPETokenizer
 
@@ -80,11 +80,7 @@ def test_import_and_export_and_import_is_the_identity(shards, published, tmp_pat
 
 def test_bfloat16_stays_bfloat16(published, tmp_path):
     theirs, _ = published
-    half = tmp_path / "half"
-    half.mkdir()
-    for path in theirs.glob("*.json"):
-        (half / path.name).write_bytes(path.read_bytes())
-    save_file({name: tensor.bfloat16() for name, tensor in weights_of(theirs).items()}, half / "model.safetensors")
+    half = halve(theirs, tmp_path / "half")
     run = run_import(half, tmp_path / "run")
     assert {tensor.dtype for tensor in weights_of(run.folder).values()} == {torch.bfloat16}
     folder = run_export(run.folder, tmp_path / "out", "--dtype=bfloat16")
