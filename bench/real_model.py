@@ -84,14 +84,13 @@ def our_texts(run: Run, prompts: list[list[int]], new: int, eos: int, beams: int
 def prompts_of(run: Run, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     """The ids of all prompts, ours and theirs: conversations by the chat template, and texts to continue."""
     ours, theirs = [], []
-    first = prompt_tokens(run.tokenizer, "")
     for question in QUESTIONS if run.fine_tuned else []:
         talk = [{"role": "user", "content": question}]
         ours.append(run.template().render(talk, reply=True)[0])
         theirs.append(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False))
     for text in BEGINNINGS:
         ours.append(prompt_tokens(run.tokenizer, text))
-        theirs.append([*first, *tokenizer.encode(text, add_special_tokens=False)])
+        theirs.append(tokenizer.encode(text))
     return ours, theirs
 
 
