@@ -129,7 +129,12 @@ def alibi_bias(slopes: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def position_tables(config) -> dict[str, Tensor]:
-    """The tables by which a model of that config knows positions, by name; none for learned positions and for none."""
+    """The tables by which a model of that config knows positions, by name; none for learned positions and for none.
+
+    A model that is made on the meta device, which has no numbers, gets none of them.
+    """
+    if torch.get_default_device().type == "meta":
+        return {}
     if config.position == "sinusoidal":
         return {"sinusoids": sinusoidal_table(config.block_size, config.n_embd)}
     if config.position == "alibi":
