@@ -35,7 +35,7 @@ from formats.peft import export_adapter
 from formats.source import HUB, open_source
 from formats.weights import our_shapes
 from runs.checkpoint import FILES, read_state, verify
-from runs.importing import import_run
+from runs.importing import default_folder, import_run
 from runs.run import IMPORT, Run
 
 
@@ -65,8 +65,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 def import_source(options: argparse.Namespace) -> None:
     """Import the source, and say what came in and how to use it."""
     foreign = open_source(options.source, options.tokenizer, tuple(filter(None, options.ignore.split(","))))
-    name = options.source.removeprefix(HUB).rstrip("/").split("/")[-1].removesuffix(".gguf").removesuffix(".pt")
-    folder = Path(options.out_dir or f"out/{name}")
+    folder = Path(options.out_dir) if options.out_dir else default_folder(options.source)
     size = sum(
         torch.Size(shape).numel() * foreign.tensors.dtype(n).itemsize for n, shape in foreign.tensors.shapes.items()
     )

@@ -29,6 +29,7 @@ GPT2_NAMES = (
 )  # --init_from takes these without "hf:", as nanoGPT's does
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
 HUB_OTHERS = ["*/*", "consolidated*"]  # the same weights in other forms
+BAICHUAN2_TEMPLATE = "<reserved_106><reserved_107>"  # names by which text/styles.py knows its style
 GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's tokens; nanoGPT pads them to a multiple of 64
 
 
@@ -133,7 +134,10 @@ def open_folder(folder: Path, tokenizer: str, ignore: tuple[str, ...]) -> Foreig
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a model folder, as Jinja; None without one."""
+    """The chat template of a model folder, as Jinja; None without one.
+
+    Baichuan 2's chat models have none: their generation_config.json numbers the tokens that begin a turn.
+    """
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -141,6 +145,10 @@ def read_chat_template(folder: Path) -> str | None:
     if isinstance(template, list):  # several, by name
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
+    generation = folder / "generation_config.json"
+    if template is None and generation.is_file():
+        ids = dict(read_json(generation, "a generation_config.json"))
+        template = BAICHUAN2_TEMPLATE if {"user_token_id", "assistant_token_id"} <= ids.keys() else None
     return template if isinstance(template, str) else None
 
 

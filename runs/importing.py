@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from common.files import errors_name, write_json
-from formats.source import HUB, Foreign, open_source
+from formats.source import HUB, Foreign, is_hub_name, open_source
 from formats.weights import Entry, dtype_of, our_shapes, read_weight, write_safetensors
 from runs.checkpoint import FILES, seal
 from runs.run import IMPORT, Origin, Run
@@ -60,10 +60,18 @@ def entries(foreign: Foreign) -> list[Entry]:
     ]
 
 
+def default_folder(source: str) -> Path:
+    """Where a source is imported if nothing else is said: hf:Qwen/Qwen3-0.6B → out/Qwen_Qwen3-0.6B, a.gguf → out/a."""
+    if is_hub_name(source):
+        return Path("out") / source.removeprefix(HUB).replace("/", "_")
+    path = Path(source).resolve()
+    return Path("out") / (path.name if path.is_dir() else path.stem)
+
+
 def imported(name: str) -> tuple[Run, list[str]]:
     """The run of a model that --init_from names (gpt2, hf:NAME), imported into out/ if it is not there yet; notes."""
     hub = name if name.startswith(HUB) else HUB + name
-    folder = Path("out") / hub.removeprefix(HUB).replace("/", "_")
+    folder = default_folder(hub)
     if folder.exists():
         run = Run.open(folder)
         if run.origin.source == hub:
