@@ -188,7 +188,7 @@ class Metaspace:
         words = [word for line in text.split("\n") for word in line.split(" ")]
         self.core.train_from_iterator([*words, "\n"] * 2, trainer)
         self.special_tokens = {name: self.core.token_to_id(name) for name in special}
-        self.eot_id = self.special_tokens[eot]
+        self.eot_id, self.bos_id = self.special_tokens[eot], None
 
     def encode(self, text: str) -> list[int]:
         self.core.encode_special_tokens = True  # they are ordinary text
