@@ -17,6 +17,7 @@ VOCABULARY_OF_2 = 125_696  # table 1 of the report; Baichuan 1 has 64,000 tokens
 def read_config(fields: Fields) -> tuple[GPTConfig, list[str]]:
     """Our config of the model, and notes. The 7B model says max_position_embeddings and has RoPE; the 13B has ALiBi."""
     n_head, n_embd, vocab_size = (fields.size(x) for x in ("num_attention_heads", "hidden_size", "vocab_size"))
+    fields.get("auto_map")  # the models' own code, in whose place this file is
     fields.expect("hidden_act", "silu")
     fields.expect("tie_word_embeddings", False)
     rope = "max_position_embeddings" in fields.content

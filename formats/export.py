@@ -71,7 +71,7 @@ def write_folder(
 
     end_of_answer: the id that ends an answer of a chat model; text ends there, or at the end-of-text token.
     """
-    ends = [token for token in (end_of_answer, tokenizer.eot_id) if token is not None]
+    ends = [token for token in dict.fromkeys((end_of_answer, tokenizer.eot_id)) if token is not None]
     ids = {"bos_token_id": start_id(tokenizer), "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     write_json(folder / "config.json", content | ids)
     write_json(folder / "generation_config.json", ids)

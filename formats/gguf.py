@@ -30,6 +30,7 @@ LAYER = {
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+EMBEDDING, FACTORS = "model.embed_tokens.weight", "rope_freqs"  # rope_freqs holds factors of Llama 3's RoPE scaling
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are no quantisation
 
 
@@ -47,6 +48,7 @@ class GGUF:
         except Exception as error:  # the package raises whatever goes wrong first in a damaged file
             raise ValueError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
         self.place = str(path)
+        self.used: set[str] = set()  # the keys that were asked for
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -59,6 +61,7 @@ class GGUF:
 
     def key(self, name: str, default: Any = None) -> Any:
         """A value of the model's architecture, such as block_count."""
+        self.used.add(f"{self.architecture}.{name}")
         return self.metadata.get(f"{self.architecture}.{name}", default)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -96,6 +99,11 @@ class GGUF:
             "sliding_window": self.key("attention.sliding_window"), "use_sliding_window": True,
             "max_window_layers": 0, "tie_word_embeddings": "lm_head.weight" not in self.shapes,
         }  # fmt: skip
+        head_dim = content["head_dim"] or int(content["hidden_size"]) // int(content["num_attention_heads"])
+        for name in ("rope.dimension_count", "attention.value_length"):
+            if (stated := self.key(name, head_dim)) != head_dim:
+                raise ValueError(f"{self.place}: {name} = {stated} is not supported here, only the head's {head_dim}")
+        self.key("vocab_size")
         if scaling != "none":
             original = self.key("rope.scaling.original_context_length")
             factor = float(self.key("rope.scaling.factor"))
@@ -103,6 +111,8 @@ class GGUF:
                                        "original_max_position_embeddings": original}  # fmt: skip
         if self.factors is not None:
             content["rope_scaling"] = self.llama3_scaling(content["rope_theta"])
+        left = {key for key in self.metadata if key.startswith(f"{self.architecture}.")} - self.used
+        content |= {key: self.metadata[key] for key in left}  # which is then refused by its name
         return Fields(json.loads(json.dumps(content, default=int)), self.place)
 
     def llama3_scaling(self, theta: float) -> dict[str, Any]:
@@ -118,10 +128,6 @@ class GGUF:
             raise ValueError(f"{self.place}: {FACTORS} holds factors of RoPE that are not Llama 3's")
         return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
                 "original_max_position_embeddings": original}  # fmt: skip
-
-
-FACTORS = "rope_freqs"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def hub_name(name: str) -> str:
@@ -152,7 +158,8 @@ def vocabulary(
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     if isinstance(base, HubTokenizer):
         content = base.content()["tokenizer"]
-        names = [name for name, cut in PRE_TOKENIZERS.items() if cut == content.get("pre_tokenizer")]
+        own = without_offsets(content.get("pre_tokenizer"))
+        names = [name for name, cut in PRE_TOKENIZERS.items() if without_offsets(cut) == own]
         pattern, pre = "its own", names[0] if names and content["model"]["type"] == "BPE" else None
     else:
         bpe = vocabulary_of(tokenizer, "the run")
@@ -175,6 +182,15 @@ def vocabulary(
         "add_bos": start_id(tokenizer) is not None, "bos": start_id(tokenizer),
         "eos": tokenizer.eot_id if end_of_answer is None else end_of_answer, "chat_template": chat_template,
     }  # fmt: skip
+
+
+def without_offsets(part: Any) -> Any:
+    """A part of a tokenizer.json without trim_offsets, which changes no ids."""
+    if isinstance(part, list):
+        return [without_offsets(item) for item in part]
+    if isinstance(part, dict):
+        return {name: without_offsets(item) for name, item in part.items() if name != "trim_offsets"}
+    return part
 
 
 def write_gguf(

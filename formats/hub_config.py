@@ -11,11 +11,12 @@ from common.files import read_json
 
 # Fields that do not change what the network computes: how it was trained, how it is run, how it is stored
 HARMLESS = {
-    "_name_or_path", "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype",
+    "_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype",
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "pretraining_tp",
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "embedding_dropout",
+    "is_decoder", "is_encoder_decoder", "cross_attention_hidden_size", "use_bfloat16", "_from_model_config",
     "tokenizer_class", "task_specific_params", "_attn_implementation", "attn_implementation", "is_llama_config",
-    "z_loss_weight", "gradient_checkpointing", "n_ctx", "n_special",
+    "z_loss_weight", "gradient_checkpointing", "n_special",
     "predict_special_tokens", "output_past", "id2label", "label2id", "problem_type", "return_dict", "output_attentions",
     "output_hidden_states", "chunk_size_feed_forward", "finetuning_task", "sep_token_id", "decoder_start_token_id",
     "transformers.js_config", "_commit_hash",
@@ -68,8 +69,6 @@ class Fields:
         return value
 
     def unread(self) -> list[str]:
-        """Fields that nothing has read, that are not harmless and not empty, as name=value."""
+        """Fields that nothing has read, that are not harmless and not null, as name=value."""
         names = self.content.keys() - self.read - HARMLESS
-        return [
-            f"{name}={self.content[name]!r:.60}" for name in sorted(names) if self.content[name] not in (None, False)
-        ]
+        return [f"{name}={self.content[name]!r:.60}" for name in sorted(names) if self.content[name] is not None]

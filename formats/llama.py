@@ -14,7 +14,14 @@ from model import GPTConfig
 
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma")
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu": "geglu"}  # Gemma's "gelu" is the tanh form too
-TIED = ("smollm3", "gemma")  # model types whose embeddings are tied where the config does not say
+# What holds where the config does not say, if it is not what holds for Llama; as in transformers
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
+    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6},
+    "phi3": {"rms_norm_eps": 1e-5},
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+}
 TABLE = {
     "tok_emb": "model.embed_tokens",
     "blocks.{i}.norm_attention": "model.layers.{i}.input_layernorm",
@@ -45,45 +52,46 @@ def read_config(fields: Fields) -> tuple[GPTConfig, list[str]]:
 
     Raises ValueError for an option that our model does not have, with the field's name and value.
     """
-    kind, notes = fields.get("model_type"), []
+    kind = fields.get("model_type")
+    usual = DEFAULTS.get(kind, {})
     n_layer, n_head = fields.size("num_hidden_layers"), fields.size("num_attention_heads")
     n_embd, context = fields.size("hidden_size"), fields.size("max_position_embeddings")
     # Llama's attention_bias is also on the output projection; Qwen2 has no such field, and biases on q, k, v
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)
     fields.expect("partial_rotary_factor", 1.0)
-    tied = bool(fields.get("tie_word_embeddings", kind in TIED))
+    tied = bool(fields.get("tie_word_embeddings", usual.get("tie_word_embeddings", False)))
     if kind == "gemma":
         fields.expect("tie_word_embeddings", True)
-    activation = fields.get("hidden_activation", fields.get("hidden_act", "gelu_pytorch_tanh"))
+    activation = fields.get("hidden_activation", fields.get("hidden_act", usual.get("hidden_act", "silu")))
     if activation not in ACTIVATIONS or (ACTIVATIONS[activation] == "geglu") != (kind == "gemma"):
         raise ValueError(f"{fields.place}: hidden_act = {activation!r} is not supported for {kind}")
-    scaling, scaling_notes, within = read_scaling(fields, context)
-    window, window_notes = read_window(fields, n_layer)
+    scaling, notes, within = read_scaling(fields, context, usual.get("rope_theta", 10000.0))
+    window, window_notes = read_window(fields, kind, n_layer)
     if window and window_notes:  # only some layers have the window: within it, all are alike
         within, window = min(within, window), 0
     config = GPTConfig(
         block_size=min(within, context), vocab_size=fields.size("vocab_size"), n_layer=n_layer, n_head=n_head,
         n_kv_head=fields.size("num_key_value_heads", n_head), n_embd=n_embd,
-        head_dim=fields.size("head_dim", 128 if kind == "qwen3" else 256 if kind == "gemma" else n_embd // n_head),
+        head_dim=fields.size("head_dim", usual.get("head_dim", n_embd // n_head)),
         mlp_dim=fields.size("intermediate_size"), qkv_bias=kind == "qwen2", position="rope",
-        norm_eps=fields.number("rms_norm_eps", 1e-6), qk_norm=kind == "qwen3", mlp=ACTIVATIONS[activation],
+        norm_eps=fields.number("rms_norm_eps", usual.get("rms_norm_eps", 1e-6)), qk_norm=kind == "qwen3",
+        mlp=ACTIVATIONS[activation],
         tie_embeddings=tied and kind != "gemma",  # where tokens come in, Gemma's are scaled; see `renaming`
-        sliding_window=window,
-        nope_every=read_nope(fields, n_layer) if kind == "smollm3" else 0, **scaling,
+        sliding_window=window, nope_every=read_nope(fields, n_layer) if kind == "smollm3" else 0, **scaling,
     )  # fmt: skip
-    return config, [*scaling_notes, *window_notes, *notes]
+    return config, [*notes, *window_notes]
 
 
-def read_scaling(fields: Fields, context: int) -> tuple[dict[str, Any], list[str], int]:
+def read_scaling(fields: Fields, context: int, usual_theta: float) -> tuple[dict[str, Any], list[str], int]:
     """Settings of RoPE and its scaling, notes, and the longest context within which they hold.
 
     Until version 4 of transformers, rope_theta and rope_scaling are fields of their own; since 5, rope_parameters.
     """
-    rope = fields.get("rope_parameters", {}) or {}
+    rope = fields.get("rope_parameters", {})
     given = Fields(dict(rope) | dict(fields.get("rope_scaling") or {}), f"{fields.place}: rope_scaling")
     outside = fields.get("original_max_position_embeddings")  # Phi-3 keeps it there
-    theta = float(given.get("rope_theta") or fields.get("rope_theta", 10000.0))
+    theta = float(given.get("rope_theta") or fields.get("rope_theta", usual_theta))
     kind = given.get("rope_type", given.get("type", "default"))
     given.expect("partial_rotary_factor", 1.0)
     settings: dict[str, Any] = {"rope_theta": theta}
@@ -115,19 +123,27 @@ def read_scaling(fields: Fields, context: int) -> tuple[dict[str, Any], list[str
     return settings, notes, within
 
 
-def read_window(fields: Fields, n_layer: int) -> tuple[int, list[str]]:
-    """The sliding window in tokens, 0 for none, and a note if only some of the layers have it."""
-    window, layers = fields.get("sliding_window") or 0, fields.get("layer_types")
-    use, full = fields.get("use_sliding_window", False), fields.get("max_window_layers", n_layer)
-    if layers is None:
-        if fields.get("model_type") in ("qwen2", "qwen3"):  # their first layers see everything
-            window = window if use else 0
-        else:
-            full = 0
-        layers = ["full_attention"] * min(full, n_layer) + ["sliding_attention"] * (n_layer - full)
-    if unknown := set(layers) - {"full_attention", "sliding_attention"}:
+def read_window(fields: Fields, kind: str, n_layer: int) -> tuple[int, list[str]]:
+    """The sliding window in tokens, 0 for none, and a note if only some of the layers have it.
+
+    In transformers, Llama and Gemma have no window, whatever the config says; Mistral and Phi-3 have it in all layers;
+    Qwen2 and 3 in those from max_window_layers on, and SmolLM3 in those without RoPE, if use_sliding_window says so.
+    """
+    window = fields.get("sliding_window", 0)
+    if kind == "mistral" and "sliding_window" not in fields.content:
+        window = DEFAULTS["mistral"]["sliding_window"]
+    use, first = fields.get("use_sliding_window", False), fields.get("max_window_layers", 28)
+    layers = fields.get("layer_types")
+    if unknown := set(layers or ()) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{fields.place}: layer_types has {unknown.pop()!r}, which is not supported here")
-    sliding = list(layers).count("sliding_attention")
+    if kind in ("mistral", "phi3"):
+        sliding = n_layer
+    elif kind in ("qwen2", "qwen3", "smollm3") and use:
+        every = fields.get("no_rope_layer_interval", 4)
+        default = max(n_layer - first, 0) if kind != "smollm3" else n_layer // every
+        sliding = list(layers).count("sliding_attention") if layers is not None else default
+    else:
+        sliding = 0
     if not window or not sliding:
         return 0, []
     if sliding == n_layer:
@@ -180,6 +196,8 @@ def type_of(config: GPTConfig) -> tuple[str, list[str]]:
     if len(used) > 1:
         obstacles.append(f"{' with '.join(used)}, which no known class has together")
     kind = options[used[0]][0] if used else "llama"
+    if config.n_embd % config.n_head:
+        obstacles.append(f"n_embd={config.n_embd}, which transformers wants to be a multiple of n_head")
     if kind in ("qwen2", "smollm3") and config.head_dim * config.n_head != config.n_embd:
         obstacles.append(f"head_dim={config.head_dim}, which {kind} takes from n_embd / n_head")
     if config.norm_head and config.tie_embeddings:

@@ -29,7 +29,8 @@ GPT2_NAMES = (
 )  # --init_from takes these without "hf:", as nanoGPT's does
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "merges.txt", "*.jinja"]
 HUB_OTHERS = ["*/*", "consolidated*"]  # the same weights in other forms
-BAICHUAN2_TEMPLATE = "<reserved_106><reserved_107>"  # names by which text/styles.py knows its style
+BAICHUAN2_TOKENS = ("<reserved_106>", "<reserved_107>")  # of the user and of the assistant
+BAICHUAN2_TEMPLATE = "".join(BAICHUAN2_TOKENS)  # the names by which text/styles.py knows the style
 GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's tokens; nanoGPT pads them to a multiple of 64
 
 
@@ -130,14 +131,12 @@ def open_folder(folder: Path, tokenizer: str, ignore: tuple[str, ...]) -> Foreig
     if fields.get("model_type") in gpt2.TYPES:
         tensors = Renamed(tensors, lambda name: without_prefix(name, (gpt2.PREFIX,)))
     own = tokenizer_from_name(tokenizer) if tokenizer else import_tokenizer(folder)
-    return Foreign(str(folder), config, tensors, renaming, own, read_chat_template(folder), notes)
+    template = read_chat_template(folder) or baichuan2_template(folder, own)
+    return Foreign(str(folder), config, tensors, renaming, own, template, notes)
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a model folder, as Jinja; None without one.
-
-    Baichuan 2's chat models have none: their generation_config.json numbers the tokens that begin a turn.
-    """
+    """The chat template of a model folder, as Jinja; None without one."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -145,11 +144,22 @@ def read_chat_template(folder: Path) -> str | None:
     if isinstance(template, list):  # several, by name
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
-    generation = folder / "generation_config.json"
-    if template is None and generation.is_file():
-        ids = dict(read_json(generation, "a generation_config.json"))
-        template = BAICHUAN2_TEMPLATE if {"user_token_id", "assistant_token_id"} <= ids.keys() else None
     return template if isinstance(template, str) else None
+
+
+def baichuan2_template(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """Stands for the chat template that Baichuan 2's chat models do not have; None for other models.
+
+    Their generation_config.json numbers the tokens that begin a turn. Baichuan 1's numbers stand for other tokens.
+    """
+    path = folder / "generation_config.json"
+    said = dict(read_json(path, "a generation_config.json")) if path.is_file() else {}
+    numbered = [said.get("user_token_id"), said.get("assistant_token_id")]
+    return (
+        BAICHUAN2_TEMPLATE
+        if numbered == [tokenizer.special_tokens.get(name, -1) for name in BAICHUAN2_TOKENS]
+        else None
+    )
 
 
 def open_gguf(path: Path, tokenizer: str, ignore: tuple[str, ...]) -> Foreign:
