@@ -16,8 +16,8 @@ from common import cli  # first: it makes Ctrl-C one line even while the modules
 # isort: split
 
 import argparse
-import secrets
-import shutil
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +28,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import errors_name
-from formats.export import DTYPES, export_weights, write_folder
+from common.files import check_new, making
+from formats.export import DTYPES, export_weights, target, write_folder
 from formats.gguf import vocabulary, write_gguf
 from formats.peft import export_adapter
 from formats.source import HUB, open_source
@@ -64,8 +64,9 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 
 def import_source(options: argparse.Namespace) -> None:
     """Import the source, and say what came in and how to use it."""
-    foreign = open_source(options.source, options.tokenizer, tuple(filter(None, options.ignore.split(","))))
     folder = Path(options.out_dir) if options.out_dir else default_folder(options.source)
+    check_new(folder, "--out_dir")
+    foreign = open_source(options.source, options.tokenizer, tuple(filter(None, options.ignore.split(","))))
     size = sum(
         torch.Size(shape).numel() * foreign.tensors.dtype(n).itemsize for n, shape in foreign.tensors.shapes.items()
     )
@@ -73,6 +74,8 @@ def import_source(options: argparse.Namespace) -> None:
         run = import_run(foreign, folder, step)
     config = run.model_config
     weights = sum(torch.Size(shape).numel() for shape in our_shapes(config).values())
+    if run.fine_tuned and run.chat_style in ("chatml", "llama3"):
+        foreign.notes.append("of its chat template, tools, thoughts and dates are left out")
     if foreign.chat_template and not run.fine_tuned:
         foreign.notes.append("its chat template is of no style that is known here: it is a base model here, and "
                              "finetune.py teaches it our own style")  # fmt: skip
@@ -82,7 +85,8 @@ def import_source(options: argparse.Namespace) -> None:
         f"{folder}: {weights:,} weights, {config.n_layer} layers, context {config.block_size:,}, "
         f"{run.tokenizer.vocab_size:,} tokens" + (f", chats in the style {run.chat_style}" if run.fine_tuned else "")
     )
-    print(f"try it: python sample.py --out_dir={folder} {'--chat' if run.fine_tuned else '--prompt=...'}")
+    use = "--chat" if run.fine_tuned else "--prompt=..."
+    print(f"try it: python sample.py --out_dir={shlex.quote(str(folder))} {use}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,29 +95,21 @@ def import_source(options: argparse.Namespace) -> None:
 
 def export_run(options: argparse.Namespace) -> None:
     """Export the run to a new folder or GGUF file, whole or not at all."""
-    run, target = Run.open(options.out_dir), Path(options.to)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"{target} exists already: choose another --to, or delete it")
-    gguf = target.suffix == ".gguf"
+    run, path = Run.open(options.out_dir), Path(options.to)
+    check_new(path, "--to")
+    gguf = path.suffix.lower() == ".gguf"
     default, allowed = ("float16", ("float16", "q8_0")) if gguf else ("float32", tuple(DTYPES))
+    if options.adapter and (gguf or options.dtype):
+        raise ValueError("--adapter writes a folder, in the precision of the corrections: leave --dtype and .gguf out")
     if options.dtype and options.dtype not in allowed:
-        raise ValueError(f"{target} cannot be written in {options.dtype}; --dtype is one of {', '.join(allowed)}")
+        raise ValueError(f"{path} cannot be written in {options.dtype}; --dtype is one of {', '.join(allowed)}")
     checkpoint = run.checkpoint(options.checkpoint)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with errors_name(temporary):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            if options.adapter:
-                what = write_adapter(run, checkpoint, temporary)
-            else:
-                what = write_model(run, checkpoint, temporary, options.dtype or default, gguf)
-            if target.is_dir():
-                target.rmdir()
-            temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        raise
-    print(f"{target}: {what}")
+    with making(path) as temporary:
+        if options.adapter:
+            what = write_adapter(run, checkpoint, temporary)
+        else:
+            what = write_model(run, checkpoint, temporary, options.dtype or default, gguf)
+    print(f"{path}: {what}")
 
 
 def write_model(run: Run, checkpoint: Path, path: Path, dtype: str, gguf: bool) -> str:
@@ -140,10 +136,23 @@ def write_adapter(run: Run, checkpoint: Path, path: Path) -> str:
                          "rank cannot hold: leave --adapter out, which merges all corrections")  # fmt: skip
     verify(checkpoint)
     path.mkdir()
-    base = run.base.origin.source.removeprefix(HUB) if run.base.task == IMPORT else str(run.base.folder)
+    base = base_of_adapter(run)
     with safe_open(checkpoint / FILES[0], framework="pt") as file:
         export_adapter(path, run.model_config, run.lora.rank, run.lora.alpha, run.lora.targets, base, file.get_tensor)
     return f"an adapter of rank {run.lora.rank}, which peft applies to {base}"
+
+
+def base_of_adapter(run: Run) -> str:
+    """What peft can load the base model from. Raises ValueError where its tensors are not named as an adapter's."""
+    base, kind = run.base, target(run.model_config)
+    source, model_type = base.origin.source, base.settings.get("model_type")
+    hub = source.startswith(HUB)
+    if base.task != IMPORT or model_type != kind or not (hub or (Path(source) / "config.json").is_file()):
+        raise ValueError(
+            f"peft loads its base through transformers, as a {kind}, and the base of {run.folder} ({source}) is no "
+            "such folder or model of the Hub: leave --adapter out, which merges the corrections"
+        )
+    return source.removeprefix(HUB)
 
 
 @contextmanager
@@ -198,6 +207,9 @@ def progress(what: str, size: int) -> Iterator[Callable[[int], object]]:
 
 
 def main() -> None:
+    for name in ("SIGTERM", "SIGHUP"):  # end as Ctrl-C does, without half-written files
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     options = read_options(sys.argv[1:])
     import_source(options) if options.command == "import" else export_run(options)
 

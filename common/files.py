@@ -44,7 +44,7 @@ def errors_name(path: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, WriteError):
         raise
     except OSError as error:
         folder = os.path.dirname(os.path.realpath(path))
@@ -83,6 +83,35 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         except BaseException:  # a full disk, a folder of that name, Ctrl-C
             temporary.unlink(missing_ok=True)
             raise
+
+
+def check_new(path: Path, option: str) -> None:
+    """Raise ValueError unless a folder or a file can be made there: nothing may be there but an empty folder."""
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise ValueError(f"{path} exists already: choose another {option}, or delete it")
+
+
+@contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, where the block makes a folder or a file; then rename it to `path`.
+
+    If the block fails, what it made is deleted. Raises WriteError.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
+    try:
+        with errors_name(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
+            sync(path.parent)
+    except BaseException:  # also Ctrl-C
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: str | os.PathLike) -> None:

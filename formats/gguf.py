@@ -17,9 +17,9 @@ from torch import Tensor
 from common.files import sync
 from formats.hub_config import Fields
 from formats.tokenizer_json import tokenizer_json, vocabulary_of
-from formats.tokenizers import CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
-from formats.weights import Entry
-from text.foreign import HubTokenizer
+from formats.tokenizers import ADVERSARIAL, CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, gguf_tokenizer
+from formats.weights import Entry, check_range
+from text.foreign import HubTokenizer, SentencePieceTokenizer
 from text.tokenizer import ExtendedTokenizer, Tokenizer, start_id
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -156,6 +156,9 @@ def vocabulary(
     that llama.cpp cannot run with the same ids.
     """
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    if isinstance(base, SentencePieceTokenizer):
+        raise ValueError("no GGUF file is written of a SentencePiece tokenizer: export a folder, which llama.cpp's own "
+                         "converter reads")  # fmt: skip
     if isinstance(base, HubTokenizer):
         content = base.content()["tokenizer"]
         own = without_offsets(content.get("pre_tokenizer"))
@@ -177,11 +180,16 @@ def vocabulary(
         for id in range(vocab_size)
     ]
     tokens = [spelled.get(id, f"[unused {id}]") for id in range(vocab_size)]
-    return {
+    fields = {
         "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges,
-        "add_bos": start_id(tokenizer) is not None, "bos": start_id(tokenizer),
-        "eos": tokenizer.eot_id if end_of_answer is None else end_of_answer, "chat_template": chat_template,
+        "add_bos_token": start_id(tokenizer) is not None, "bos_token_id": start_id(tokenizer),
+        "eos_token_id": tokenizer.eot_id,
     }  # fmt: skip
+    again = gguf_tokenizer({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    if any(again.encode(text) != tokenizer.encode(text) for text in ADVERSARIAL):
+        raise ValueError(f"llama.cpp's {pre!r} would give other ids than this tokenizer does: no GGUF of it")
+    end = tokenizer.eot_id if end_of_answer is None else end_of_answer
+    return fields | {"eos_token_id": end, "chat_template": chat_template}
 
 
 def without_offsets(part: Any) -> Any:
@@ -226,8 +234,9 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry, type in zip(entries, types, strict=True):
-            rows = stored_rows(entry.make(), entry.name, architecture, content).numpy()
-            writer.write_tensor_data(gguf.quants.quantize(rows, type))
+            rows = stored_rows(entry.make(), entry.name, architecture, content)
+            check_range(rows, rows.half(), entry.name) if type.name != "F32" else None
+            writer.write_tensor_data(gguf.quants.quantize(rows.numpy(), type))
             step(entry.size)
     finally:
         writer.close()
@@ -271,11 +280,11 @@ def write_fields(writer: Any, content: dict[str, Any], fields: dict[str, Any]) -
     writer.add_token_list(fields["tokens"])
     writer.add_token_types(fields["token_type"])
     writer.add_token_merges(fields["merges"])
-    writer.add_add_bos_token(fields["add_bos"])
-    if fields["bos"] is not None:
-        writer.add_bos_token_id(fields["bos"])
-    if fields["eos"] is not None:
-        writer.add_eos_token_id(fields["eos"])
+    writer.add_add_bos_token(fields["add_bos_token"])
+    if fields["bos_token_id"] is not None:
+        writer.add_bos_token_id(fields["bos_token_id"])
+    if fields["eos_token_id"] is not None:
+        writer.add_eos_token_id(fields["eos_token_id"])
     if fields["chat_template"]:
         writer.add_chat_template(fields["chat_template"])
 

@@ -56,7 +56,7 @@ def read_config(fields: Fields) -> tuple[GPTConfig, list[str]]:
         block_size=fields.size("n_positions", 1024), vocab_size=fields.size("vocab_size"),
         n_layer=fields.size("n_layer"), n_head=fields.size("n_head"), n_embd=n_embd, bias=True,
         mlp_dim=fields.size("n_inner", 4 * n_embd), mlp=ACTIVATIONS[activation],
-        tie_embeddings=bool(fields.get("tie_word_embeddings", True)),
+        tie_embeddings=fields.switch("tie_word_embeddings", True),
     )  # fmt: skip
     config.norm_eps = fields.number("layer_norm_epsilon", 1e-5)
     return config, []
@@ -105,8 +105,11 @@ def open_checkpoint(path: Path) -> tuple[GPTConfig, InMemory, dict[str, Any]]:
             f"{path} is not loaded: it is damaged, no checkpoint of PyTorch, or it holds more than tensors and plain "
             f"values, which could run code ({type(error).__name__})"
         ) from None
-    if not isinstance(content, Mapping) or not {"model", "model_args"} <= content.keys():
+    parts = [content.get(name) if isinstance(content, Mapping) else None for name in ("model", "model_args")]
+    if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(f"{path} is no checkpoint of nanoGPT: it has no model and model_args")
+    if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in parts[0].items()):
+        raise ValueError(f"{path} is no checkpoint of nanoGPT: its model holds more than tensors")
     fields = Fields(dict(content["model_args"]), f"{path}: model_args")
     bias = fields.expect("bias", True, False)
     fields.get("dropout")
@@ -115,4 +118,4 @@ def open_checkpoint(path: Path) -> tuple[GPTConfig, InMemory, dict[str, Any]]:
         raise ValueError(f"{path}: model_args has {', '.join(left)}, which nanoGPT's models do not have")
     config = shared(**sizes, mlp_dim=4 * sizes["n_embd"], mlp="gelu_exact", bias=bias)
     tensors = InMemory(str(path), dict(content["model"]), ("_orig_mod.", PREFIX))
-    return config, tensors, dict(content.get("config", {}))
+    return config, tensors, dict(content.get("config") or {})

@@ -23,6 +23,10 @@ HARMLESS = {
 }  # fmt: skip
 
 
+MOST, MOST_LAYERS = 1 << 26, 1000  # no model has so large a size, or so many layers
+LAYERS = ("num_hidden_layers", "n_layer")
+
+
 class Fields:
     """The fields of a config.json. place: for messages."""
 
@@ -47,18 +51,33 @@ class Fields:
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1. Raises ValueError for anything else, and where it is missing."""
+        """A whole number from 1 to MOST. Raises ValueError for anything else, and where it is missing."""
         value = self.get(name, default)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{self.place}: {name} must be a whole number of at least 1, not {value!r}")
+        most = MOST_LAYERS if name in LAYERS else MOST
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{self.place}: {name} must be a whole number from 1 to {most:,}, not {value!r:.60}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0. Raises ValueError for anything else, and where it is missing."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{self.place}: {name} must be a number above 0, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+            raise ValueError(f"{self.place}: {name} must be a number above 0, not {value!r:.60}")
         return float(value)
+
+    def switch(self, name: str, default: bool) -> bool:
+        """True or false. Raises ValueError for anything else."""
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise ValueError(f"{self.place}: {name} must be true or false, not {value!r:.60}")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A JSON object, empty where the field is missing. Raises ValueError for anything else."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.place}: {name} must be an object, not {value!r:.60}")
+        return value
 
     def expect(self, name: str, *allowed: Any) -> Any:
         """The field's value, which must be one of those allowed; the first holds where the field is missing or null."""

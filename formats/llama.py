@@ -60,7 +60,7 @@ def read_config(fields: Fields) -> tuple[GPTConfig, list[str]]:
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)
     fields.expect("partial_rotary_factor", 1.0)
-    tied = bool(fields.get("tie_word_embeddings", usual.get("tie_word_embeddings", False)))
+    tied = fields.switch("tie_word_embeddings", usual.get("tie_word_embeddings", False))
     if kind == "gemma":
         fields.expect("tie_word_embeddings", True)
     activation = fields.get("hidden_activation", fields.get("hidden_act", usual.get("hidden_act", "silu")))
@@ -88,28 +88,31 @@ def read_scaling(fields: Fields, context: int, usual_theta: float) -> tuple[dict
 
     Until version 4 of transformers, rope_theta and rope_scaling are fields of their own; since 5, rope_parameters.
     """
-    rope = fields.get("rope_parameters", {})
-    given = Fields(dict(rope) | dict(fields.get("rope_scaling") or {}), f"{fields.place}: rope_scaling")
+    place = f"{fields.place}: rope_scaling"
+    given = Fields(fields.table("rope_parameters") | fields.table("rope_scaling"), place)
     outside = fields.get("original_max_position_embeddings")  # Phi-3 keeps it there
-    theta = float(given.get("rope_theta") or fields.get("rope_theta", usual_theta))
+    theta = given.number("rope_theta", fields.number("rope_theta", usual_theta))
     kind = given.get("rope_type", given.get("type", "default"))
     given.expect("partial_rotary_factor", 1.0)
     settings: dict[str, Any] = {"rope_theta": theta}
     if kind == "default":
         notes, within = [], context
     elif kind == "dynamic":
-        within = int(given.get("original_max_position_embeddings", context))
+        within = given.size("original_max_position_embeddings", context)
         factor = given.number("factor")
         notes = [f"RoPE's dynamic scaling (factor {factor:g}) begins beyond {within} tokens: block_size is {within}"]
     elif kind in ("linear", "llama3", "yarn"):
         notes, within = [], context
-        original = given.get("original_max_position_embeddings", outside)
-        settings |= {"rope_scaling": kind, "rope_factor": given.number("factor"), "rope_original": int(original or 0)}
+        original = given.size("original_max_position_embeddings", outside or context)
+        settings |= {
+            "rope_scaling": kind,
+            "rope_factor": given.number("factor"),
+            "rope_original": original if kind != "linear" else 0,
+        }
         if kind == "llama3":
             settings |= {"rope_low": given.number("low_freq_factor"), "rope_high": given.number("high_freq_factor")}
         elif kind == "yarn":
             settings |= {"rope_low": given.number("beta_slow", 1.0), "rope_high": given.number("beta_fast", 32.0)}
-            settings["rope_original"] = int(original or context)
             given.expect("truncate", True)
             usual = 0.1 * math.log(settings["rope_factor"]) + 1  # of cos and sin [Peng et al. 2023, equation 22]
             if not math.isclose(given.number("attention_factor", usual), usual, rel_tol=1e-6):
@@ -129,11 +132,13 @@ def read_window(fields: Fields, kind: str, n_layer: int) -> tuple[int, list[str]
     In transformers, Llama and Gemma have no window, whatever the config says; Mistral and Phi-3 have it in all layers;
     Qwen2 and 3 in those from max_window_layers on, and SmolLM3 in those without RoPE, if use_sliding_window says so.
     """
-    window = fields.get("sliding_window", 0)
+    window = 0 if fields.get("sliding_window") is None else fields.size("sliding_window")
     if kind == "mistral" and "sliding_window" not in fields.content:
         window = DEFAULTS["mistral"]["sliding_window"]
-    use, first = fields.get("use_sliding_window", False), fields.get("max_window_layers", 28)
+    use, first = fields.switch("use_sliding_window", False), fields.get("max_window_layers", 28)
     layers = fields.get("layer_types")
+    if layers is not None and len(layers) != n_layer:
+        raise ValueError(f"{fields.place}: layer_types has {len(layers)} entries for {n_layer} layers")
     if unknown := set(layers or ()) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{fields.place}: layer_types has {unknown.pop()!r}, which is not supported here")
     if kind in ("mistral", "phi3"):

@@ -5,6 +5,7 @@ the tokenizer, the chat template, and notes for the user. To add a family of mod
 TYPES, `read_config` and `renaming`, and its name to FAMILIES.
 """
 
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class Foreign:
     tensors: Tensors
     renaming: Renaming
     tokenizer: Tokenizer
+    model_type: str = ""  # as config.json names its class
     chat_template: str | None = None  # as Jinja
     notes: list[str] = field(default_factory=list)
 
@@ -56,29 +58,44 @@ def open_source(source: str, tokenizer: str = "", ignore: tuple[str, ...] = ()) 
     """Open a model folder in Hugging Face's layout, a .gguf file, a ckpt.pt of nanoGPT, or a name of the Hub.
 
     tokenizer: a tokenizer to take in place of the model's own. ignore: fields of config.json to pass over, which the
-    user knows to be harmless. Raises ValueError for what cannot be held exactly.
+    user knows to be harmless. Raises ValueError for what cannot be held exactly, and for files that are damaged.
     """
-    if is_hub_name(source):
-        foreign = open_folder(download(source.removeprefix(HUB)), tokenizer, ignore)
-        foreign.origin = HUB + source.removeprefix(HUB)
-    else:
-        path = Path(source)
-        if path.is_dir():
-            foreign = open_folder(path, tokenizer, ignore)
-        elif not path.is_file():
-            hint = f"; a model of the Hugging Face Hub is written {HUB}{source}" if source.count("/") <= 1 else ""
-            raise ValueError(f"there is nothing at {source}{hint}")
-        elif path.suffix == ".gguf":
-            foreign = open_gguf(path, tokenizer, ignore)
-        elif path.suffix in (".pt", ".pth", ".bin"):
-            foreign = open_nanogpt(path, tokenizer)
-        else:
-            raise ValueError(f"{source} is of no known kind: give a model's folder, a .gguf file or nanoGPT's ckpt.pt")
-    check_names(foreign.tensors, foreign.renaming, our_shapes(foreign.config))
+    try:
+        foreign = open_any(source, tokenizer, ignore)
+        check_names(foreign.tensors, foreign.renaming, our_shapes(foreign.config))
+    except ValueError as error:
+        named = source.removeprefix(HUB) in str(error) or str(error).startswith(
+            ("fetching", "reading", "this tokenizer")
+        )
+        raise ValueError(str(error) if named else f"{source}: {error}") from None
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        # A foreign file can be wrong in any place, and what reads it does not check every value
+        raise ValueError(f"{source} is damaged, or not what its name says ({type(error).__name__}: {error})") from None
     if (ids := foreign.tokenizer.vocab_size) > foreign.config.vocab_size:
         raise ValueError(f"{foreign.tensors.place} has embeddings for {foreign.config.vocab_size:,} tokens, and its "
                          f"tokenizer has {ids:,}: give the one it was trained with, by --tokenizer")  # fmt: skip
     return foreign
+
+
+def open_any(source: str, tokenizer: str, ignore: tuple[str, ...]) -> Foreign:
+    """What `open_source` does, by the kind of the source."""
+    if is_hub_name(source):
+        foreign = open_folder(download(source.removeprefix(HUB)), tokenizer, ignore)
+        foreign.origin = HUB + source.removeprefix(HUB)
+        return foreign
+    path = Path(source)
+    if path.is_dir():
+        return open_folder(path, tokenizer, ignore)
+    if not path.is_file():
+        hint = f"; a model of the Hugging Face Hub is written {HUB}{source}" if source.count("/") <= 1 else ""
+        raise ValueError(f"there is nothing at {source}{hint}")
+    if path.suffix == ".gguf":
+        return open_gguf(path, tokenizer, ignore)
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        raise ValueError(f"{source} is of no known kind: give a model's folder, a .gguf file or nanoGPT's ckpt.pt")
+    if ignore:
+        raise ValueError(f"{source} has no config.json, so that there is nothing to --ignore")
+    return open_nanogpt(path, tokenizer)
 
 
 def download(name: str) -> Path:
@@ -119,7 +136,11 @@ def read_family(fields: Fields, ignore: tuple[str, ...]) -> tuple[GPTConfig, Ren
             f"{fields.place}: {'; '.join(left)}: not known here, and it may change what the network computes. "
             f"If it does not, import with --ignore={names}"
         )
-    passed = [f"{name} of {fields.place} was passed over, as asked" for name in ignore if name in fields.content]
+    for name in ignore:
+        if name in fields.read or name not in fields.content:
+            state = "is used" if name in fields.content else "is not there"
+            raise ValueError(f"{fields.place}: {name} {state}: it cannot be passed over; leave it out of --ignore")
+    passed = [f"{name} of {fields.place} was passed over, as asked" for name in ignore]
     return config, family.renaming(config, kind), [*notes, *passed]
 
 
@@ -132,7 +153,7 @@ def open_folder(folder: Path, tokenizer: str, ignore: tuple[str, ...]) -> Foreig
         tensors = Renamed(tensors, lambda name: without_prefix(name, (gpt2.PREFIX,)))
     own = tokenizer_from_name(tokenizer) if tokenizer else import_tokenizer(folder)
     template = read_chat_template(folder) or baichuan2_template(folder, own)
-    return Foreign(str(folder), config, tensors, renaming, own, template, notes)
+    return Foreign(os.path.abspath(folder), config, tensors, renaming, own, fields.get("model_type"), template, notes)
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -169,7 +190,10 @@ def open_gguf(path: Path, tokenizer: str, ignore: tuple[str, ...]) -> Foreign:
     own = tokenizer_from_name(tokenizer) if tokenizer else gguf_tokenizer(file.metadata)
     kinds = sorted({tensor.tensor_type.name for tensor in file.tensors.values()})
     notes.append(f"weights stored as {', '.join(kinds)}; quantised ones become float32")
-    return Foreign(str(path), config, file, renaming, own, file.metadata.get("tokenizer.chat_template"), notes)
+    template = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path} is damaged: its tokenizer.chat_template is no text")
+    return Foreign(os.path.abspath(path), config, file, renaming, own, "gguf", template, notes)
 
 
 def open_nanogpt(path: Path, tokenizer: str) -> Foreign:
@@ -177,7 +201,7 @@ def open_nanogpt(path: Path, tokenizer: str) -> Foreign:
     config, tensors, settings = gpt2.open_checkpoint(path)
     own = nanogpt_tokenizer(path, tokenizer, config, settings)
     same = Renaming(gpt2.renaming(config, "nanogpt").weights, gpt2.MASKS, (("wte.weight", "lm_head.weight"),))
-    return Foreign(str(path), config, tensors, same, own)
+    return Foreign(os.path.abspath(path), config, tensors, same, own, "nanogpt")
 
 
 def nanogpt_tokenizer(path: Path, tokenizer: str, config: GPTConfig, settings: dict[str, Any]) -> Tokenizer:

@@ -64,9 +64,11 @@ class Safetensors:
     def _files(folder: Path) -> list[Path]:
         if (folder / INDEX).is_file():
             try:
-                names = sorted(set(dict(read_json(folder / INDEX, "an index of safetensors")["weight_map"]).values()))
-            except (KeyError, TypeError):
+                names = list(dict.fromkeys(read_json(folder / INDEX, "an index of safetensors")["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError):
                 raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map") from None
+            if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+                raise ValueError(f"{folder / INDEX} names {strange[0]!r}, which is no file of the folder itself")
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names: fetch them too")
             return [folder / name for name in names]
@@ -288,11 +290,20 @@ def write_safetensors(path: Path, entries: list[Entry], step: Callable[[int], ob
     with replacing(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            tensor = entry.make().to(entry.dtype).contiguous()
+            made = entry.make()
+            tensor = made.to(entry.dtype).contiguous()
+            check_range(made, tensor, f"{path}: {entry.name}")
             if tuple(tensor.shape) != tuple(entry.shape):
                 raise ValueError(f"{path}: {entry.name} has shape {tuple(tensor.shape)} instead of {entry.shape}")
             file.write(tensor.view(torch.uint8).numpy().data)
             step(entry.size)
+
+
+def check_range(before: Tensor, after: Tensor, place: str) -> None:
+    """Raise ValueError if numbers became infinite because the new precision does not reach so far."""
+    if after.dtype != before.dtype and after.isinf().any() and not before.isinf().any():
+        kind = str(after.dtype).removeprefix("torch.")
+        raise ValueError(f"{place} holds numbers too large for {kind}: choose another --dtype")
 
 
 def write_shards(folder: Path, entries: list[Entry], step: Callable[[int], object], limit: int = SHARD) -> None:

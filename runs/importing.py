@@ -1,6 +1,5 @@
 """A foreign model becomes a run: its weights are copied tensor by tensor, in a precision that holds them."""
 
-import secrets
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common.files import errors_name, write_json
+from common.files import check_new, making, write_json
 from formats.source import HUB, Foreign, is_hub_name, open_source
 from formats.weights import Entry, dtype_of, our_shapes, read_weight, write_safetensors
 from runs.checkpoint import FILES, seal
@@ -21,33 +20,23 @@ def import_run(foreign: Foreign, folder: Path, step: Callable[[int], object] = l
 
     Raises ValueError if something is in the folder already, or if it cannot be written.
     """
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: choose another --out_dir, or delete it")
+    check_new(folder, "--out_dir")
     style = detect_style(foreign.chat_template, foreign.tokenizer.special_tokens)
     run = Run(
-        folder, foreign.config, {}, IMPORT, style is not None, origin=Origin(foreign.origin, ""),
-        chat_style=style or PLAINGPT, default_system=default_system(foreign.chat_template) if style else "",
+        folder, foreign.config, {"model_type": foreign.model_type}, IMPORT, style is not None,
+        origin=Origin(foreign.origin, ""), chat_style=style or PLAINGPT,
+        default_system=default_system(foreign.chat_template) if style else "",
     )  # fmt: skip
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with errors_name(temporary / FILES[0]):
-            checkpoint = temporary / "checkpoints" / "step_00000000"
-            checkpoint.mkdir(parents=True)
-            foreign.tokenizer.save(temporary)
-            write_safetensors(checkpoint / FILES[0], entries(foreign), step)
-            save_file({}, checkpoint / FILES[1])
-            write_json(checkpoint / FILES[2], {"step": 0})
-            shutil.copymode(
-                checkpoint / FILES[2], checkpoint / FILES[1]
-            )  # safetensors makes it readable by its owner only
-            seal(checkpoint)
-            run.save_in(temporary)
-            if folder.exists():
-                folder.rmdir()
-            temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with making(folder) as temporary:
+        checkpoint = temporary / "checkpoints" / "step_00000000"
+        checkpoint.mkdir(parents=True)
+        foreign.tokenizer.save(temporary)
+        write_safetensors(checkpoint / FILES[0], entries(foreign), step)
+        save_file({}, checkpoint / FILES[1])
+        write_json(checkpoint / FILES[2], {"step": 0})
+        shutil.copymode(checkpoint / FILES[2], checkpoint / FILES[1])  # safetensors lets only its owner read it
+        seal(checkpoint)
+        run.save_in(temporary)
     return run
 
 
@@ -72,7 +61,7 @@ def imported(name: str) -> tuple[Run, list[str]]:
     """The run of a model that --init_from names (gpt2, hf:NAME), imported into out/ if it is not there yet; notes."""
     hub = name if name.startswith(HUB) else HUB + name
     folder = default_folder(hub)
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         run = Run.open(folder)
         if run.origin.source == hub:
             return run, []

@@ -66,10 +66,14 @@ class Run:
         """Read the run in the folder. Raises ValueError if there is none, or if its config.json is damaged."""
         folder, path = Path(folder), Path(folder) / CONFIG
         if folder.is_file():
-            raise ValueError(f"{folder} is a file; give the folder of a run, such as one that train.py wrote")
+            raise ValueError(
+                f"{folder} is a file; give the folder of a run, such as one that train.py or convert.py import wrote"
+            )
         if not path.is_file():
             raise ValueError(f"no run in {folder} (no {CONFIG} there): train one first, or correct the path")
         content = read_json(path, f"the {CONFIG} of a run")
+        if isinstance(content, dict) and "model_type" in content:
+            raise ValueError(f"{folder} is a model in Hugging Face's form: make a run of it by convert.py import")
         try:
             return cls._from_content(folder, dict(content))
         except (KeyError, TypeError, AttributeError):

@@ -1,6 +1,5 @@
 """convert.py export: what transformers loads computes and says what the run does, and imported again it is the run."""
 
-import importlib.util
 import json
 import os
 import re
@@ -205,7 +204,7 @@ def test_a_run_with_lora_is_exported_merged(published, tmp_path):
 
 
 def check_adapter(run, source, merged, folder):
-    """An adapter holds, matrix by matrix, what the merged export adds to the base model; see also peft itself."""
+    """An adapter holds, matrix by matrix, what the merged export adds to the base model, and peft applies it."""
     done = command(convert.main, "export", f"--out_dir={run.folder}", f"--to={folder}", "--adapter")
     if run.lora.new_rows:
         assert "new tokens, which an adapter of low rank cannot hold" in error_of(done) and not folder.exists()
@@ -220,13 +219,10 @@ def check_adapter(run, source, merged, folder):
         A, B = adapter[f"{name}.lora_A.weight"], adapter[f"{name}.lora_B.weight"]
         weight = name.removeprefix("base_model.model.") + ".weight"
         torch.testing.assert_close(before[weight] + scale * B @ A, after[weight])
-    if importlib.util.find_spec("peft"):
-        from peft import PeftModel
-
-        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source.origin.source), folder).eval()
-        idx = torch.arange(20)[None]
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(idx).logits, run.load_model()(idx)[0], rtol=1e-4, atol=1e-4)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source.origin.source), folder).eval()
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, run.load_model()(idx)[0], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

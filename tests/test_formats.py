@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from formats.hub_config import Fields
 from formats.source import read_family
 from tests import baichuan2_reference
-from tests.foreign_models import FAMILIES, doubles, ours, save_baichuan2, theirs
+from tests.foreign_models import FAMILIES, SIZES, doubles, ours, save_baichuan2, theirs
 
 TOKENS = torch.randint(101, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -137,3 +137,20 @@ def test_older_config_files_mean_the_same(tmp_path):
     content |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     old, _, _ = read_family(Fields(content, "old"), ())
     assert old == new
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma"])
+def test_what_a_config_leaves_out_has_transformers_defaults(kind, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, pad_token_id=0)
+    other = getattr(transformers, f"{kind}ForCausalLM")(config)
+    other.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    kept = {name: value for name, value in content.items() if name in (*SIZES, "model_type", "architectures")}
+    path.write_text(json.dumps(kept | {"pad_token_id": 0}))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tmp_path)(TOKENS)[0], again(TOKENS).logits, rtol=1e-4, atol=1e-4)

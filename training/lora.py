@@ -105,7 +105,11 @@ def add_lora(model: GPT, lora: LoraConfig) -> None:
     """Freeze the model and add the corrections. Tied embeddings stay tied: they share the corrections of new rows."""
 
     def corrected(name: str, layer: nn.Module) -> nn.Module | None:
-        return LoRALinear(layer, lora) if name in lora.targets and isinstance(layer, nn.Linear) else None
+        if name not in lora.targets or not isinstance(layer, nn.Linear):
+            return None
+        if lora.rank > min(layer.weight.shape):
+            raise ValueError(f"lora_rank={lora.rank} is above the {min(layer.weight.shape)} that {name} has: lower it")
+        return LoRALinear(layer, lora)
 
     model.requires_grad_(False)
     replace_layers(model, corrected)
