@@ -70,12 +70,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss = loss + losses.where(counted, 0).sum()
             if dx is None and dW is None:
                 continue
-            dz = (z - lse).exp() - smoothing / V
-            dz = dz.scatter_add(1, y, torch.full_like(lse, smoothing - 1))
-            if max_z:
-                largest = z == top  # equal ones share the gradient
-                dz = dz + 2 * max_z * top * largest / largest.sum(-1, keepdim=True)
-            dz = dz.where(counted, 0).to(dtype)
+            # From here on, dz takes z's place in memory, and rows that are not counted become zeros
+            share = (z == top).to(z.dtype) if max_z else None  # equal largest ones share the gradient of max z
+            dz, one = z.sub_(lse.masked_fill(~counted, torch.inf)).exp_(), counted.to(z.dtype)
+            if smoothing:
+                dz.sub_(one * (smoothing / V))
+            dz.scatter_add_(1, y, one * (smoothing - 1))
+            if share is not None:
+                dz.addcmul_(share, one * (2 * max_z * top / share.sum(-1, keepdim=True)))
+            dz = dz.to(dtype)
             if dx is not None:
                 dx[part] = dz @ W
             if dW is not None:
