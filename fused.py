@@ -59,20 +59,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             xs, y = x[part].to(dtype), targets[part, None]
             z = (xs @ W.T).to(loss.dtype)
             counted = y != ignore_index
-            y = y.where(counted, 0)
-            lse = z.logsumexp(-1, keepdim=True)
-            losses = lse - (1 - smoothing) * z.gather(1, y)
+            y, one = y.where(counted, 0), counted.to(z.dtype)
+            top = z.amax(-1, keepdim=True)
+            losses = top - (1 - smoothing) * z.gather(1, y)
             if smoothing:
                 losses = losses - smoothing * z.mean(-1, keepdim=True)
             if max_z:
-                top = z.amax(-1, keepdim=True)
                 losses = losses + max_z * top.square()
-            loss = loss + losses.where(counted, 0).sum()
+            share = (z == top).to(z.dtype) if max_z else None  # equal largest ones share the gradient of max z
+            dz = z.sub_(top).exp_()  # in z's place: exp z, up to a factor, then softmax(z), then the gradient
+            total = dz.sum(-1, keepdim=True)
+            loss = loss + (losses + total.log()).where(counted, 0).sum()
             if dx is None and dW is None:
                 continue
-            # From here on, dz takes z's place in memory, and rows that are not counted become zeros
-            share = (z == top).to(z.dtype) if max_z else None  # equal largest ones share the gradient of max z
-            dz, one = z.sub_(lse.masked_fill(~counted, torch.inf)).exp_(), counted.to(z.dtype)
+            dz.mul_(one / total)  # zeros in rows that are not counted
             if smoothing:
                 dz.sub_(one * (smoothing / V))
             dz.scatter_add_(1, y, one * (smoothing - 1))

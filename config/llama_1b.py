@@ -17,8 +17,8 @@ is what is known before, from python train.py config/llama_1b.py --plan:
       gradients          4.01 GiB
       optimizer state    4.39 GiB  muon
       activations       29.10 GiB  of 8 x 2,048 tokens
-      logits             2.33 GiB  output head and cross-entropy
-      peak              43.84 GiB  in the backward pass
+      logits             2.08 GiB  output head and cross-entropy
+      peak              43.59 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8

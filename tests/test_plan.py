@@ -138,7 +138,7 @@ def test_bfloat16_halves_what_is_kept_and_a_gpu_keeps_no_scores_for_dropout():
 def test_the_largest_batch_fits_and_one_more_row_does_not(dtype, gpu):
     asked = job(dtype, gpu, optimizer="muon", micro_steps=2)
     small, large = largest_batch(asked, [2e6, 5e6])
-    assert 1 < small < 20 < large
+    assert 1 < small < large
     for room, B in ((2e6, small), (5e6, large)):
         assert need(count_memory(asked.with_batch(B)), gpu) <= room < need(count_memory(asked.with_batch(B + 1)), gpu)
     assert largest_batch(asked, [1e3]) == [0]
