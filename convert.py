@@ -29,14 +29,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import check_new, making
-from formats.export import DTYPES, export_weights, target, write_folder
+from formats.export import export_weights, target, write_folder
 from formats.gguf import vocabulary, write_gguf
 from formats.peft import export_adapter
 from formats.source import HUB, open_source
-from formats.weights import our_shapes
 from runs.checkpoint import FILES, read_state, verify
-from runs.importing import default_folder, import_run
+from runs.importing import default_folder, entries, import_run
 from runs.run import IMPORT, Run
+from training.device import DTYPES
+from training.plan import count_weights
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
@@ -67,13 +68,9 @@ def import_source(options: argparse.Namespace) -> None:
     folder = Path(options.out_dir) if options.out_dir else default_folder(options.source)
     check_new(folder, "--out_dir")
     foreign = open_source(options.source, options.tokenizer, tuple(filter(None, options.ignore.split(","))))
-    size = sum(
-        torch.Size(shape).numel() * foreign.tensors.dtype(n).itemsize for n, shape in foreign.tensors.shapes.items()
-    )
-    with progress("importing", size) as step:
+    with progress("importing", sum(entry.size for entry in entries(foreign))) as step:
         run = import_run(foreign, folder, step)
     config = run.model_config
-    weights = sum(torch.Size(shape).numel() for shape in our_shapes(config).values())
     if run.fine_tuned and run.chat_style in ("chatml", "llama3"):
         foreign.notes.append("of its chat template, tools, thoughts and dates are left out")
     if foreign.chat_template and not run.fine_tuned:
@@ -82,7 +79,7 @@ def import_source(options: argparse.Namespace) -> None:
     for line in foreign.notes:
         print(f"note: {line}")
     print(
-        f"{folder}: {weights:,} weights, {config.n_layer} layers, context {config.block_size:,}, "
+        f"{folder}: {count_weights(config):,} weights, {config.n_layer} layers, context {config.block_size:,}, "
         f"{run.tokenizer.vocab_size:,} tokens" + (f", chats in the style {run.chat_style}" if run.fine_tuned else "")
     )
     use = "--chat" if run.fine_tuned else "--prompt=..."
@@ -179,24 +176,16 @@ def chat_of(run: Run) -> dict:
 def model_card(run: Run, checkpoint: Path) -> str:
     """A README for the exported model: what it is, what it was trained on, its losses."""
     config, settings, state = run.model_config, run.settings, read_state(checkpoint)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        f"# {run.folder.name}",
-        "",
-    ]
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     kind = {"pretrain": "pretrained", "sft": "fine-tuned on conversations", "import": "imported"}[run.task]
-    lines.append(f"A GPT of {config.n_layer} layers and width {config.n_embd}, {kind} with plainGPT.")
+    what = f"A GPT of {config.n_layer} layers and width {config.n_embd}, {kind} with plainGPT."
     facts = {
         "data": settings.get("dataset"), "began from": run.origin.source, "steps": state["step"] or None,
         "validation loss (nats per token)": state["val_loss"] and round(state["val_loss"], 4),
         "context (tokens)": config.block_size, "learning rate": settings.get("learning_rate"),
     }  # fmt: skip
-    lines += ["", *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]
-    return "\n".join(lines)
+    listed = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    return "\n".join([head, f"# {run.folder.name}\n", f"{what}\n", *listed])
 
 
 @contextmanager

@@ -320,6 +320,7 @@ class Head(nn.Linear):
         self.norm_rows = config.norm_head
 
     def rows(self) -> Tensor:
+        """The rows of the output head's matrix (V, C), of length 1 if the config says so."""
         return F.normalize(self.weight, dim=-1) if self.norm_rows else self.weight
 
     def forward(self, x: Tensor) -> Tensor:

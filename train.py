@@ -229,7 +229,7 @@ class Trainer:
         last = state["step"] >= config.max_iters
         if config.sample_interval and (last or state["step"] % config.sample_interval == 0) and self.process.rank == 0:
             self.model.eval()
-            self.log.preview(self.task.preview(self.model), state["step"])
+            self.log.show_preview(self.task.preview(self.model), state["step"])
             self.model.train()
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
 

@@ -194,7 +194,8 @@ def positions(corpus: Corpus, size: Size, seeds: int) -> None:
     T = size.block_size
     lengths = (T, 2 * T, 4 * T)
 
-    def rows():
+    def rows() -> Iterator[tuple]:
+        """Yield the rows of the table."""
         kinds = {"rope": {}, "alibi": {"position": "alibi"}}  # rope is the default
         models = {kind: [train_on(corpus, size, s, **o) for s in range(seeds)] for kind, o in kinds.items()}
         for label, kind, scaling in (("RoPE", "rope", False), ("RoPE, YaRN", "rope", True), ("ALiBi", "alibi", False)):
@@ -258,6 +259,8 @@ def digits(size: Size, seeds: int) -> None:
     vocabularies |= {f"merged, {n} tokens": bpe.train(texts, n, "gpt2", ()) for n in size.vocabularies}
 
     def train_sums(vocabulary: bpe.BPE, idx: Tensor, targets: Tensor, seed: int) -> GPT:
+        """A model that has learned sums."""
+
         def batch(step: int) -> tuple[Tensor, Tensor]:
             chosen = np.random.default_rng([seed, step]).choice(len(taught), size.sum_rows)
             return idx[chosen], targets[chosen]
@@ -265,7 +268,8 @@ def digits(size: Size, seeds: int) -> None:
         shape = size.shape | {"vocab_size": vocabulary.vocab_size, "block_size": idx.size(1)}
         return train(batch, size.sum_steps, seed, **shape)
 
-    def rows():
+    def rows() -> Iterator[tuple]:
+        """Yield the rows of the table."""
         for label, vocabulary in vocabularies.items():
             encoded = encode_sums(pairs, vocabulary)
             unseen, seen = ([x[part] for x in encoded] for part in (slice(size.held_out), slice(size.held_out, None)))

@@ -32,6 +32,7 @@ PROMPT, BEAMS = 16, 4
 
 
 def parse() -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="a clone of nanoGPT, to run its generate too")
     parser.add_argument("--device", default="cpu")

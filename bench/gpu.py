@@ -124,6 +124,7 @@ class Running:
         return self.process.poll() is not None or time.perf_counter() - self.begin > self.part.seconds
 
     def kill(self) -> None:
+        """Kill the process and all that it started."""
         with suppress(ProcessLookupError):  # all of the group have ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -229,6 +230,7 @@ def with_section(results: str, section: str) -> str:
 
 
 def parse() -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--input", type=Path, help="tinyshakespeare.txt, instead of downloading it")

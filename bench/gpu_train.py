@@ -216,6 +216,7 @@ def measure(engine: Engine, shape: Shape, process: Process, round_seconds: float
 
 
 def row(cells: list[object]) -> None:
+    """Print a row of the table."""
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 

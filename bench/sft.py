@@ -38,6 +38,7 @@ class Padded(Rows):
         self.rows, self.whole_context = [self.rows[i] for i in order], whole_context
 
     def collate(self, rows):
+        """The batch of these rows, padded as the class says."""
         batch = super().collate(rows)
         if not self.whole_context:
             return batch
@@ -47,6 +48,7 @@ class Padded(Rows):
 
 
 def counted(batch: dict) -> int:
+    """Number of targets that count in the loss."""
     return int((batch["targets"] != IGNORE).sum())
 
 
@@ -65,6 +67,7 @@ def train(model: GPT, rows: Rows, batch_size: int, steps: int = 0, responses: in
 
 @torch.no_grad()
 def val_loss(model: GPT, rows: Rows) -> float:
+    """Mean loss per counted token of all rows."""
     losses = [(model(**batch, target_count=1)[1].item(), counted(batch)) for batch in rows.all_batches(16)]
     return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 

@@ -143,6 +143,7 @@ def score(model: torch.nn.Module, corpus: Corpus, block_size: int, device: str) 
 
 
 def parse() -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")

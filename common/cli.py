@@ -142,6 +142,7 @@ class LastingStream:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write the text, or discard it."""
         try:
             return self.stream.write(text)
         except OSError:
@@ -149,6 +150,7 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
+        """Flush the stream, or discard what it holds."""
         try:
             self.stream.flush()
         except OSError:

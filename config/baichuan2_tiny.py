@@ -23,18 +23,18 @@ norm_head = True
 max_z_loss = 2e-4
 
 batch_size = 8
-max_iters = 1400
+max_iters = 800
 
 # The report's optimizer; a small model wants larger steps, and takes fewer of them to warm up
 optimizer = "adamw"
 learning_rate = 3e-3
 min_lr = 3e-4
 lr_schedule = "cosine"
-warmup_iters = 70
+warmup_iters = 40
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.1
 grad_clip = 0.5
 
-eval_interval = 350  # steps; each evaluation uses the whole validation split
-sample_interval = 350  # steps; print a sample
+eval_interval = 400  # steps; each evaluation uses the whole validation split
+sample_interval = 400  # steps; print a sample

@@ -42,6 +42,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
+        """Forget what was said; the system message stays."""
         self.text = ""
         self.messages: list[Message] = []
         self.forgotten = 0  # messages that the model no longer sees

@@ -21,7 +21,6 @@ from model import GPTConfig
 from text.tokenizer import Tokenizer, start_id
 
 Read = Callable[[str], Tensor | None]  # the weight of that name; None for a bias that the model does not have
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def target(config: GPTConfig) -> str:

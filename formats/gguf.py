@@ -235,7 +235,8 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for entry, type in zip(entries, types, strict=True):
             rows = stored_rows(entry.make(), entry.name, architecture, content)
-            check_range(rows, rows.half(), entry.name) if type.name != "F32" else None
+            if type.name != "F32":
+                check_range(rows, rows.half(), entry.name)
             writer.write_tensor_data(gguf.quants.quantize(rows.numpy(), type))
             step(entry.size)
     finally:
@@ -263,30 +264,20 @@ def package() -> Any:
 def write_fields(writer: Any, content: dict[str, Any], fields: dict[str, Any]) -> None:
     """Give the writer what the file says about the model and its tokenizer."""
     head_dim = content.get("head_dim", content["hidden_size"] // content["num_attention_heads"])
-    writer.add_context_length(content["max_position_embeddings"])
-    writer.add_embedding_length(content["hidden_size"])
-    writer.add_block_count(content["num_hidden_layers"])
-    writer.add_feed_forward_length(content["intermediate_size"])
-    writer.add_head_count(content["num_attention_heads"])
-    writer.add_head_count_kv(content["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(content["rope_theta"])
-    writer.add_layer_norm_rms_eps(content["rms_norm_eps"])
-    writer.add_vocab_size(content["vocab_size"])
-    writer.add_tokenizer_model(fields["model"])
-    writer.add_tokenizer_pre(fields["pre"])
-    writer.add_token_list(fields["tokens"])
-    writer.add_token_types(fields["token_type"])
-    writer.add_token_merges(fields["merges"])
-    writer.add_add_bos_token(fields["add_bos_token"])
-    if fields["bos_token_id"] is not None:
-        writer.add_bos_token_id(fields["bos_token_id"])
-    if fields["eos_token_id"] is not None:
-        writer.add_eos_token_id(fields["eos_token_id"])
-    if fields["chat_template"]:
-        writer.add_chat_template(fields["chat_template"])
+    said = {
+        "context_length": content["max_position_embeddings"], "embedding_length": content["hidden_size"],
+        "block_count": content["num_hidden_layers"], "feed_forward_length": content["intermediate_size"],
+        "head_count": content["num_attention_heads"], "head_count_kv": content["num_key_value_heads"],
+        "key_length": head_dim, "value_length": head_dim, "rope_dimension_count": head_dim,
+        "rope_freq_base": content["rope_theta"], "layer_norm_rms_eps": content["rms_norm_eps"],
+        "vocab_size": content["vocab_size"], "tokenizer_model": fields["model"], "tokenizer_pre": fields["pre"],
+        "token_list": fields["tokens"], "token_types": fields["token_type"], "token_merges": fields["merges"],
+        "add_bos_token": fields["add_bos_token"], "bos_token_id": fields["bos_token_id"],
+        "eos_token_id": fields["eos_token_id"], "chat_template": fields["chat_template"],
+    }  # fmt: skip
+    for name, value in said.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
 
 
 def file_name(name: str, ours: dict[str, str]) -> str:

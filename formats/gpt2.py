@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from formats.hub_config import Fields
-from formats.weights import InMemory, Renaming, expand
+from formats.weights import InMemory, Renaming, WithoutPrefixes, expand
 from model import GPTConfig
 
 TYPES = ("gpt2",)
@@ -93,7 +93,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
 # nanoGPT
 
 
-def open_checkpoint(path: Path) -> tuple[GPTConfig, InMemory, dict[str, Any]]:
+def open_checkpoint(path: Path) -> tuple[GPTConfig, WithoutPrefixes, dict[str, Any]]:
     """A ckpt.pt of nanoGPT: our config, its tensors, and its training settings.
 
     Only tensors and plain values are loaded; a file that would run code is refused. Raises ValueError.
@@ -117,5 +117,5 @@ def open_checkpoint(path: Path) -> tuple[GPTConfig, InMemory, dict[str, Any]]:
     if left := fields.unread():
         raise ValueError(f"{path}: model_args has {', '.join(left)}, which nanoGPT's models do not have")
     config = shared(**sizes, mlp_dim=4 * sizes["n_embd"], mlp="gelu_exact", bias=bias)
-    tensors = InMemory(str(path), dict(content["model"]), ("_orig_mod.", PREFIX))
+    tensors = WithoutPrefixes(InMemory(str(path), dict(content["model"])), "_orig_mod.", PREFIX)
     return config, tensors, dict(content.get("config") or {})

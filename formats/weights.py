@@ -38,9 +38,11 @@ class Tensors(Protocol):
     place: str  # for messages
     shapes: Shapes
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision in which a tensor is stored. Raises ValueError for one that is no floating-point type."""
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """A tensor's numbers."""
 
 
 class Safetensors:
@@ -96,12 +98,11 @@ class Safetensors:
 
 
 class InMemory:
-    """Tensors that are in memory already; prefixes is what to drop from the beginning of their names."""
+    """Tensors that are in memory already."""
 
-    def __init__(self, place: str, tensors: dict[str, Tensor], prefixes: tuple[str, ...] = ()):
-        self.place = place
-        self.tensors = {without_prefix(name, prefixes): tensor for name, tensor in tensors.items()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+    def __init__(self, place: str, tensors: dict[str, Tensor]):
+        self.place, self.tensors = place, tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
@@ -110,12 +111,12 @@ class InMemory:
         return self.tensors[name]
 
 
-class Renamed:
-    """Other tensors under names of ours: rename(name) is the new name."""
+class WithoutPrefixes:
+    """Other tensors, whose names lose those of the prefixes that they begin with, in the prefixes' order."""
 
-    def __init__(self, tensors: Tensors, rename: Callable[[str], str]):
+    def __init__(self, tensors: Tensors, *prefixes: str):
         self.tensors, self.place = tensors, tensors.place
-        self.old = {rename(name): name for name in tensors.shapes}
+        self.old = {reduce(str.removeprefix, prefixes, name): name for name in tensors.shapes}
         self.shapes = {new: tensors.shapes[old] for new, old in self.old.items()}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -123,13 +124,6 @@ class Renamed:
 
     def read(self, name: str) -> Tensor:
         return self.tensors.read(self.old[name])
-
-
-def without_prefix(name: str, prefixes: tuple[str, ...]) -> str:
-    """The name without those of the prefixes that it begins with, in their order."""
-    for prefix in prefixes:
-        name = name.removeprefix(prefix)
-    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +251,6 @@ def foreign_weights(
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
-
 NAME_OF = {dtype: name for name, dtype in TYPES.items()}
 
 
@@ -271,6 +264,7 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Bytes of its numbers."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

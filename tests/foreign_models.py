@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from formats.hub_config import Fields
 from formats.source import read_family
-from formats.weights import Renamed, Safetensors, check_names, our_shapes, read_weight, without_prefix
+from formats.weights import Safetensors, WithoutPrefixes, check_names, our_shapes, read_weight
 from model import GPT
 
 SIZES = {
@@ -76,7 +76,7 @@ def ours(folder, dtype=torch.float32):
     """The model that import makes of a folder's config.json and weights."""
     fields = Fields.of(folder)
     config, renaming, _ = read_family(fields, ())
-    tensors = Renamed(Safetensors(folder), lambda name: without_prefix(name, ("transformer.",)))
+    tensors = WithoutPrefixes(Safetensors(folder), "transformer.")
     check_names(tensors, renaming, our_shapes(config))
     model = GPT(config).to(dtype)
     weights = {name: read_weight(tensors, weight) for name, weight in renaming.weights.items()}

@@ -50,19 +50,19 @@ def test_a_config_that_makes_no_sense_is_one_line(change, folder, tmp_path):
     path = folder / "config.json"
     content = json.loads(path.read_text()) | change if isinstance(change, dict) else change
     path.write_text(json.dumps(content))
-    failed(folder, tmp_path)
+    assert failed(folder, tmp_path)
 
 
 @pytest.mark.parametrize("map", [{"a": "../theirs/model.safetensors"}, {"a": 3}, [1], "x"], ids=str)
 def test_an_index_names_files_of_its_folder_only(map, folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map}))
-    failed(folder, tmp_path)
+    assert failed(folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_tokenizer_or_a_template_that_is_not_one_is_one_line(name, folder, tmp_path):
     (folder / name).write_bytes(b"\xff\xfe{")
-    failed(folder, tmp_path)
+    assert failed(folder, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.bool], ids=str)
@@ -76,7 +76,7 @@ def test_weights_of_another_kind_are_refused_by_name(dtype, folder, tmp_path):
                                      {"model": {"a": 3}, "model_args": {}}], ids=str)  # fmt: skip
 def test_a_checkpoint_that_is_not_nanogpts_is_one_line(content, tmp_path):
     torch.save(content, tmp_path / "ckpt.pt")
-    failed(tmp_path / "ckpt.pt", tmp_path)
+    assert failed(tmp_path / "ckpt.pt", tmp_path)
 
 
 def test_only_unknown_fields_can_be_ignored(folder, tmp_path):

@@ -25,7 +25,7 @@ ROOMS = {
     "tasks": {"common", "model", "text", "training", "decoding", "runs", "tasks"},
     "train": {"common", "model", "text", "training", "runs", "tasks"},
     "finetune": {"common", "model", "text", "training", "runs", "tasks", "train"},
-    "convert": {"common", "model", "text", "formats", "runs"},
+    "convert": {"common", "model", "text", "training", "formats", "runs"},
     "sample": {"common", "model", "text", "training", "decoding", "runs"},
     "data": {"common", "bpe", "text.base", "text", "data"},
 }

@@ -112,7 +112,7 @@ def test_without_a_terminal_a_line_tells_of_every_fiftieth_of_the_run(tmp_path, 
 def test_only_the_first_process_reports(tmp_path, capsys):
     log = Log(Config(str(tmp_path)), {}, False, 0)
     log.training(**event(10))
-    log.preview("text", 10)
+    log.show_preview("text", 10)
     log.say("text")
     log.close()
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
@@ -123,7 +123,7 @@ def test_only_the_first_process_reports(tmp_path, capsys):
 
 def test_control_characters_of_a_preview_are_shown_as_escapes(tmp_path, capsys):
     log = Log(Config(str(tmp_path)), {}, True, 0)
-    log.preview("a\x1b[2J\rb\x00\x7f\x9b\u2028\u202e\tc\n  d\u3000\u200dé\U0001f600", 250)
+    log.show_preview("a\x1b[2J\rb\x00\x7f\x9b\u2028\u202e\tc\n  d\u3000\u200dé\U0001f600", 250)
     log.close()
     assert capsys.readouterr().out == "a\\x1b[2J\\rb\\x00\\x7f\\x9b\\u2028\\u202e\tc\n  d\u3000\u200dé\U0001f600\n"
 
@@ -131,8 +131,8 @@ def test_control_characters_of_a_preview_are_shown_as_escapes(tmp_path, capsys):
 def test_the_preview_at_step_0_is_one_line_of_the_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     log = Log(Config(str(tmp_path)), {}, True, 0)
-    log.preview("> a\n\n\x1b[31m" + "an answer " * 20 + "\n3 of 6 answers end", 0)
-    log.preview("short\n", 0)
+    log.show_preview("> a\n\n\x1b[31m" + "an answer " * 20 + "\n3 of 6 answers end", 0)
+    log.show_preview("short\n", 0)
     log.close()
     long, short = capsys.readouterr().out.splitlines()
     assert long == "before training: > a \\x1b[31 … an answer 3 of 6 answers end" and len(long) == 59

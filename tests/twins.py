@@ -7,7 +7,7 @@ import torch
 from formats import gpt2
 from formats.hub_config import Fields
 from formats.source import read_family
-from formats.weights import InMemory, check_names, our_shapes, read_weight
+from formats.weights import InMemory, WithoutPrefixes, check_names, our_shapes, read_weight
 from model import GPT
 
 
@@ -25,7 +25,7 @@ def twin(theirs, kind="flash"):
     """Our model with the config and the weights of a transformers model, as an import makes it."""
     fields = Fields(theirs.config.to_diff_dict(), "the twin's config")
     config, renaming, _ = read_family(fields, ())
-    tensors = InMemory("the twin", theirs.state_dict(), (gpt2.PREFIX,))
+    tensors = WithoutPrefixes(InMemory("the twin", theirs.state_dict()), gpt2.PREFIX)
     check_names(tensors, renaming, our_shapes(config))
     ours = GPT(replace(config, attention=kind)).to(next(theirs.parameters()).dtype)
     weights = {name: read_weight(tensors, weight) for name, weight in renaming.weights.items()}

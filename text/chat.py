@@ -77,7 +77,7 @@ class Template:
                 before, after = style.assistant
                 draft.write(before)
                 answer = style.padding[0] + content + style.padding[1]
-                draft.answer(answer, self.end_id, message.get("weight", 1) == 1)
+                draft.add_answer(answer, self.end_id, message.get("weight", 1) == 1)
                 draft.write(after)
             else:
                 before, after = style.system if message["role"] == "system" else style.user
@@ -145,7 +145,7 @@ class _Draft:
             self.add(self.tokenizer.encode(self.text))
         self.text = ""
 
-    def answer(self, text: str, end_id: int, learned: bool) -> None:
+    def add_answer(self, text: str, end_id: int, learned: bool) -> None:
         """Add an answer and the token that ends it.
 
         The answer is encoded together with the text before it, unless this would change the tokens of that text.

@@ -197,6 +197,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def first_question(messages: list[Message]) -> str:
+    """The user's first message."""
     return next(message["content"] for message in messages if message["role"] == "user")
 
 

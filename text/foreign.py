@@ -75,6 +75,7 @@ class HubTokenizer:
         return _whole_text(self, ids)
 
     def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the token stands for."""
         if token not in self._bytes:
             spelled = self._tokenizer.id_to_token(token)
             found = NO_TOKEN if spelled is None else _token_bytes(spelled, self._steps)
@@ -82,10 +83,12 @@ class HubTokenizer:
         return self._bytes[token]
 
     def content(self) -> dict:
+        """Return what `save` writes, as JSON."""
         eot, bos = self._names
         return {"kind": "hub", "tokenizer": json.loads(self._content), "eot": eot, "bos": bos}
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, with a checksum, into the folder."""
         write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
     def __reduce__(self):  # the package's own pickling forgets encode_special_tokens
@@ -122,6 +125,7 @@ class SentencePieceTokenizer:
         return _whole_text(self, ids)
 
     def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the token stands for."""
         if token not in self._bytes:
             p = self._processor
             piece = p.decode([token]) if p.is_unknown(token) else p.id_to_piece(token)  # it has a sign for the unknown
@@ -134,10 +138,12 @@ class SentencePieceTokenizer:
         return {"bos_token_id": self._processor.bos_id(), "eos_token_id": self._processor.eos_id()}
 
     def content(self) -> dict:
+        """Return what `save` writes, as JSON."""
         eot, bos = self._names
         return {"kind": "sentencepiece", "model": base64.b64encode(self.model).decode(), "eot": eot, "bos": bos}
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, with a checksum, into the folder."""
         write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
     def __reduce__(self):

@@ -55,12 +55,15 @@ class CharTokenizer:
         return "".join(map(self._spellings.__getitem__, checked_ids(ids, self.vocab_size)))
 
     def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the token stands for."""
         return self._spellings[token].encode("utf-8", "surrogatepass")
 
     def content(self) -> dict:
+        """Return what `save` writes, as JSON."""
         return {"kind": "char", "characters": self.characters, "eot": self.eot_id is not None}
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, with a checksum, into the folder."""
         write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 
@@ -98,12 +101,15 @@ class TiktokenTokenizer:
         return _decoded(self._encoding, checked_ids(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the token stands for."""
         return _bytes_of(self._encoding, token)
 
     def content(self) -> dict:
+        """Return what `save` writes, as JSON."""
         return {"kind": "tiktoken", "encoding": self.name}
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, with a checksum, into the folder."""
         write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 
@@ -126,12 +132,15 @@ class BPETokenizer:
         return _decoded(self.bpe.encoding, checked_ids(ids, self.vocab_size))
 
     def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the token stands for."""
         return _bytes_of(self.bpe.encoding, token)
 
     def content(self) -> dict:
+        """Return what `save` writes, as JSON."""
         return self.bpe.content()
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, with a checksum, into the folder."""
         self.bpe.save(Path(folder) / FILE_NAME)
 
 
@@ -165,13 +174,16 @@ class ExtendedTokenizer:
         return text + self.base.decode(ordinary)
 
     def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the token stands for."""
         n = self.base.vocab_size
         return self.base.bytes_of(token) if token < n else self.added[token - n].encode()
 
     def content(self) -> dict:
+        """Return what `save` writes, as JSON."""
         return {"kind": "extended", "base": self.base.content(), "special_tokens": self.added}
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, with a checksum, into the folder."""
         write_json(Path(folder) / FILE_NAME, with_checksum(self.content()))
 
 

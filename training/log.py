@@ -114,7 +114,7 @@ class Log:
         self.say(f"step {event['step']}/{self.config.max_iters}: val_loss {event['val_loss']:.4f}, "
                  f"val_bpb {event['val_bpb']:.4f}, {event['seconds']:.0f} s")  # fmt: skip
 
-    def preview(self, text: str, step: int) -> None:
+    def show_preview(self, text: str, step: int) -> None:
         """Print a text that the model made, with control characters as escapes.
 
         At step 0, where there is little to see, it is one line: its beginning and its end, as the terminal has room.

@@ -182,6 +182,7 @@ class Live(TorchDispatchMode):
         return made
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that has just been made."""
         address = storage._cdata
         if address not in self.sizes:
             self.sizes[address] = storage.nbytes()
@@ -190,6 +191,7 @@ class Live(TorchDispatchMode):
             weakref.finalize(storage, self.remove, address).atexit = False
 
     def remove(self, address: int) -> None:
+        """Stop counting a storage, which is gone."""
         self.now -= self.sizes.pop(address)
 
 
