@@ -1,6 +1,7 @@
 """Tokens per second of nanoGPT's generate, transformers' generate and ours, with the same random weights.
 
     python bench/decode.py [--nanogpt PATH_TO_A_CLONE] [--device=cuda] [--shape=1.5b] [--new=128] [--repeat=5]
+    python bench/decode.py --model=out/smollm2
 
 GPT-2's shape, prompts of 16 tokens, greedy and with 4 beams, one prompt and batches; float32 on a CPU, bfloat16 on a
 GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured in the same
@@ -21,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.decode_model import measure_model  # noqa: E402
 from bench.nanogpt import nanogpt_module  # noqa: E402
 from decoding.beam import beam_search  # noqa: E402
 from decoding.fast import speed_up  # noqa: E402
@@ -34,6 +36,9 @@ PROMPT, BEAMS = 16, 4
 def parse() -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, help="a run with a real model, beside llama.cpp: see bench/decode_model.py"
+    )
     parser.add_argument("--nanogpt", help="a clone of nanoGPT, to run its generate too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", default="124m", choices=SHAPES)
@@ -91,6 +96,8 @@ def nanogpt_engine(clone: str, weights: dict, shape: tuple[int, int, int], promp
 
 def main() -> None:
     args = parse()
+    if args.model:
+        return measure_model(args.model, args.new, args.repeat)
     cpu, shape = args.device == "cpu", SHAPES[args.shape]
     if cpu:
         torch.set_num_threads(2)

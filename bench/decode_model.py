@@ -1,13 +1,12 @@
 """Tokens per second of a real model: ours, transformers' and llama.cpp's, in several precisions, in one run.
 
-    python bench/decode_model.py out/smollm2 [--new=64] [--repeat=5]
+    python bench/decode.py --model=out/smollm2 [--new=64] [--repeat=5]
 
 The run is exported for the others first: as a folder for transformers, as GGUF files in float16 and q8_0 for llama.cpp
 (pip install llama-cpp-python; left out if it is missing). One prompt, greedy, as many threads as cores. The engines
 take turns; medians. Reading the prompt is not counted.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -74,16 +73,12 @@ def llama_cpp(file: str, prompt: list[int], new: int) -> Callable[[], float]:
     return lambda: rate(model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0), new)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--repeat", type=int, default=5)
-    arguments = parser.parse_args()
-    run, new = Run.open(arguments.run), arguments.new
+def measure_model(path: Path, new: int, repeat: int) -> None:
+    """Print the table for a run: `new` tokens after one prompt, the median of so many rounds."""
+    run = Run.open(path)
     prompt = run.tokenizer.encode(PROMPT)
     with tempfile.TemporaryDirectory() as name:
-        folder = export(arguments.run, Path(name, "hub"))
+        folder = export(path, Path(name, "hub"))
         engines = {
             "plainGPT, float32": ours(run, prompt, new, torch.float32, "none"),
             "plainGPT, bfloat16": ours(run, prompt, new, torch.bfloat16, "none"),
@@ -93,17 +88,13 @@ def main() -> None:
         }
         if find_spec("llama_cpp"):
             for label, dtype in (("F16", "float16"), ("Q8_0", "q8_0")):
-                file = export(arguments.run, Path(name, f"{dtype}.gguf"), f"--dtype={dtype}")
+                file = export(path, Path(name, f"{dtype}.gguf"), f"--dtype={dtype}")
                 engines[f"llama.cpp, {label}"] = llama_cpp(file, prompt, new)
         speeds: dict[str, list[float]] = {label: [] for label in engines}
-        for _ in range(arguments.repeat):
+        for _ in range(repeat):
             for label, measure in engines.items():
                 speeds[label].append(measure())
-        print(f"{run.folder}, {torch.get_num_threads()} threads, {new} tokens after {len(prompt)}, greedy\n")
-        print("| engine | tokens/s |\n|---|---|")
-        for label, found in speeds.items():
-            print(f"| {label} | {statistics.median(found):.1f} |")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{run.folder}, {torch.get_num_threads()} threads, {new} tokens after {len(prompt)}, greedy\n")
+    print("| engine | tokens/s |\n|---|---|")
+    for label, found in speeds.items():
+        print(f"| {label} | {statistics.median(found):.1f} |")

@@ -60,10 +60,10 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        W = weight.detach().float()
-        self.scale = W.abs().amax(1).clamp(min=1e-12) / 127
+        W = weight.detach().to(torch.float32, copy=True)  # the only copy of the layer; the rest is done in its place
+        self.scale = torch.linalg.vector_norm(W, torch.inf, dim=1).clamp(min=1e-12) / 127
         self.pad = (0, -W.size(1) % 16)  # zeros: the kernel reads 16 columns at once
-        self.q = F.pad((W / self.scale[:, None]).round(), self.pad).to(torch.int8)
+        self.q = F.pad(W.div_(self.scale[:, None]).round_().to(torch.int8), self.pad)
         self.bias = None if bias is None else bias.detach().float()
         self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
 
