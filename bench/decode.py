@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=Path, help="a run with a real model, beside llama.cpp: see bench/decode_model.py"
+        "--model", type=Path, help="a run with a real model; see bench/decode_model.py"
     )
     parser.add_argument("--nanogpt", help="a clone of nanoGPT, to run its generate too")
     parser.add_argument("--device", default="cpu")
