@@ -36,9 +36,7 @@ PROMPT, BEAMS = 16, 4
 def parse() -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, help="a run with a real model; see bench/decode_model.py"
-    )
+    parser.add_argument("--model", type=Path, help="a run with a real model; see bench/decode_model.py")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT, to run its generate too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", default="124m", choices=SHAPES)
