@@ -88,7 +88,8 @@ def test_beams_come_best_first_with_their_scores_as_text_and_as_json(sample):
     scores = [line["score"] for line in lines]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
     greedy = json.loads(sample("--prompt=the quick", "--temperature=0", "--json").stdout)
-    assert lines[0]["score"] >= greedy["logprob"] / len(greedy["tokens"])
+    rounding = 1e-5  # beams and one row add in different orders, so that the same text may differ in its last digits
+    assert lines[0]["score"] >= greedy["logprob"] / len(greedy["tokens"]) - rounding
     for line in lines:
         assert line["score"] == pytest.approx(line["logprob"] / len(line["tokens"]))
     headers = [text for text in sample(*options).stdout.splitlines() if text.startswith("--- ")]
