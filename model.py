@@ -30,6 +30,7 @@ class GPTConfig:
     block_size: int = 256  # longest context, in tokens
     vocab_size: int = 0  # number of token ids; 0 = as many as the tokenizer of the corpus has
     n_layer: int = 6  # transformer blocks
+    n_encoder_layer: int = 0  # blocks of the encoder before them, which reads a source (seq2seq.py); 0 = no encoder
     n_head: int = 6  # query heads
     n_kv_head: int = 0  # key/value heads shared by groups of query heads; 0 = n_head
     n_embd: int = 384  # width of the residual stream
@@ -50,6 +51,7 @@ class GPTConfig:
     nope_every: int = 0  # every so-many-th layer has no RoPE, as in SmolLM3; 0 = all layers have it
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before each attention, MLP and the head
     norm_eps: float = 1e-6  # added to the variance before its root is taken
+    post_norm: bool = False  # normalise after each residual sum, as in BERT, not before each attention and MLP
     qk_norm: bool = True  # normalise queries and keys in each head, before the rotation
     mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"] = "swiglu"  # activation of the MLP
     tie_embeddings: bool = True  # the output head shares the token embedding's weights
@@ -66,7 +68,7 @@ class GPTConfig:
         for names, is_allowed, allowed in (
             ("block_size n_layer n_head n_embd rope_factor", lambda n: n >= 1, "at least 1"),
             ("vocab_size n_kv_head head_dim mlp_dim max_z_loss", lambda n: n >= 0, "at least 0"),
-            ("rope_original nope_every sliding_window", lambda n: n >= 0, "at least 0"),
+            ("rope_original nope_every sliding_window n_encoder_layer", lambda n: n >= 0, "at least 0"),
             ("dropout label_smoothing", lambda p: 0 <= p < 1, "at least 0 and below 1"),
             ("rope_theta rope_low norm_eps", lambda x: x > 0, "positive"),
         ):
@@ -299,15 +301,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): each part adds its output to the residual stream."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post_norm, norm(x + attention(x)), norm(x + mlp(x))."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.post_norm = config.post_norm
         self.norm_attention, self.attention = Norm(config, config.n_embd), Attention(config, layer)
         self.norm_mlp, self.mlp = Norm(config, config.n_embd), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope, mask: Mask, cache) -> Tensor:
+        if self.post_norm:
+            x = self.norm_attention(x + self.dropout(self.attention(x, rope, mask, cache)))
+            return self.norm_mlp(x + self.dropout(self.mlp(x)))
         x = x + self.dropout(self.attention(self.norm_attention(x), rope, mask, cache))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
@@ -359,7 +365,7 @@ class GPT(nn.Module):
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
         std = {
             "tok_emb": 0.02 if self.config.tie_embeddings else 0.1, "pos_emb": 0.02, "head": 0.02,
-            "qkv": 0.02, "out": residual, "up": 0.02, "down": residual,
+            "qkv": 0.02, "out": residual, "up": 0.02, "down": residual, "queries": 0.02, "keys_values": 0.02,
         }  # fmt: skip
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and not (name == "head" and self.config.tie_embeddings):
@@ -397,13 +403,14 @@ class GPT(nn.Module):
             positions, key_positions, mask = cache.place(T)
         x, rope, mask = self.embed(idx, positions, mask, key_positions)
         mask = prepare_mask(mask, x, T, dropout=config.dropout * self.training, kind=config.attention)
+        x = self.norm(x) if config.post_norm else x  # BERT normalises the embeddings
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         if last_only:
             x = x[:, -1:] if cache is None else x[torch.arange(B), cache.last(T)].unsqueeze(1)
         if cache is not None:
             cache.advance(T)
-        x = self.norm(x)
+        x = x if config.post_norm else self.norm(x)
         return (self.head(x), None) if targets is None else (None, self.loss(x, targets, target_count))
 
     def embed(self, idx: Tensor, positions: Tensor | None, mask: Mask, key_positions: Tensor | None):

@@ -33,8 +33,8 @@ from model import GPT, IGNORE, GPTConfig
 from runs.checkpoint import list_checkpoints
 from runs.run import Run
 from runs.start import RunFolder, Start, decide
+from tasks.objective import open_task
 from tasks.plan import PlanOptions, plan_pretraining, take_options
-from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
 from training.compiling import compiled, decide_to_compile
 from training.config import TrainConfig
@@ -343,19 +343,17 @@ def main() -> None:
     start, config, model_config = configure(argv)
     if options.plan:
         return print(plan_pretraining(start, config, model_config, options))
-    corpus = open_corpus(config.dataset)
-    tokenizer = choose_tokenizer(corpus, start.resumes or start.source, model_config)
+    task, about = open_task(start, config, model_config)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
     try:
         if start.is_finished(config) and not config.eval_only:
             return say_finished(start, config, process)
         warnings = check_memory(Job.on(process, model_config, config), process.device, "training")
-        task = pretraining_task(corpus, tokenizer, config, model_config)
         model = start.model(model_config, config.seed)
         fine_tuned = start.source is not None and start.source.fine_tuned
         run = Run(Path(config.out_dir), model.config, asdict(config), "pretrain", fine_tuned)
         run = run.with_template_of(start.source)
-        train_or_evaluate(run, start, model, task, config, process, [*warnings, summary(corpus)])
+        train_or_evaluate(run, start, model, task, config, process, [*warnings, about])
     finally:
         stop_process(process)
 

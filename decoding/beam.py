@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from decoding.cache import NOWHERE, KVCache
 from decoding.kernels import read_tokens
-from decoding.stream import check_finite, check_prompts, context_start, read
+from decoding.stream import check_finite, check_prompts, context_start, read, split_sources
 from model import GPT
 
 
@@ -34,8 +34,12 @@ class Hypothesis:
 class Search:
     """One prompt's search: up to W open beams, the likeliest first, and the W best finished hypotheses."""
 
-    def __init__(self, prompt: list[int], num_beams: int, length_penalty: float, eos_id: int | None, longest: int):
-        self.prompt, self.W, self.alpha, self.eos_id, self.longest = prompt, num_beams, length_penalty, eos_id, longest
+    def __init__(
+        self, source: list[int], prompt: list[int], num_beams: int, length_penalty: float, eos_id: int | None,
+        longest: int,
+    ):  # fmt: skip
+        self.source, self.prompt, self.longest = source, prompt, longest  # source: of an encoder–decoder, else empty
+        self.W, self.alpha, self.eos_id = num_beams, length_penalty, eos_id
         self.open = [Hypothesis([], 0.0, 0.0, [])]
         self.finished: list[Hypothesis] = []
         self.done = False
@@ -86,10 +90,9 @@ def beam_search(
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Find the num_return best continuations of each prompt, or all there are, of at most max_new_tokens; best first.
 
-    prompts: token lists of any lengths of at least 1. Hypotheses are compared by log-probability / length^α, with
-    α = length_penalty [after Wu et al. 2016, section 7]: 0 favours short texts, 1 compares the means per token.
-    A search ends when no open beam can still win. num_beams=1 is greedy search.
-    vocab_size: the tokenizer's, where the model's is rounded up. Raises ValueError for num_return above num_beams.
+    prompts: token lists (an encoder–decoder's: see `split_sources`). vocab_size: the tokenizer's, where the model's is
+    rounded up. Hypotheses are compared by log-probability / length^length_penalty [after Wu et al. 2016, section 7]: 0
+    favours short texts, 1 compares the means per token. num_beams=1 is greedy search. Raises ValueError.
     """
     check_prompts(prompts, model.config.vocab_size)
     if num_beams < 1:
@@ -97,7 +100,8 @@ def beam_search(
     if not 1 <= num_return <= num_beams:
         raise ValueError(f"num_return must be from 1 to num_beams={num_beams}, not {num_return}")
     W, block_size = num_beams, model.config.block_size
-    searches = [Search(prompt, W, length_penalty, eos_id, max_new_tokens) for prompt in prompts]
+    pairs = zip(*split_sources(model, prompts), strict=True)
+    searches = [Search(*pair, W, length_penalty, eos_id, max_new_tokens) for pair in pairs]
     live, starts = searches, []
 
     def room() -> int:
@@ -143,7 +147,8 @@ def read_beams(model: GPT, searches: list[Search], starts: list[int], room: int)
         for beam in search.open
     ]
     B, n = len(searches), len(searches[0].open)
-    logits, cache = read(model, windows, room, side_by_side=n)
+    sources = [search.source for search in searches for _ in search.open]
+    logits, cache = read(model, windows, sources, room, side_by_side=n)
     own = torch.arange(cache.k.size(3), device=logits.device) // (cache.used // n)  # the beam that a slot belongs to
     visible = (own == torch.arange(n, device=logits.device)[:, None]) & (cache.positions != NOWHERE)[:, None]
     return logits.view(B, n, -1), cache, visible

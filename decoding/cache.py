@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GPTConfig, Mask, attention_mask, in_sight
+from seq2seq import Memory
 
 NOWHERE = 1 << 40  # position of an empty cache slot: larger than any query's, so the causal mask hides it
 
@@ -30,8 +31,11 @@ class KVCache:
 
     A token takes the next slot, and `positions` (B, max_length) says where in its row's text it stands: a query sees
     the slots whose position is at most its own. Prompts of different lengths are read as one right-padded batch; the
-    slots of their padding get the position NOWHERE, and no query sees them.
+    slots of their padding get the position NOWHERE, and no query sees them. `memory` is for an encoder–decoder: the
+    keys and values of each row's source, which no step changes.
     """
+
+    memory: Memory | None = None
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device=None, dtype=None):
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
@@ -157,6 +161,7 @@ class KVCache:
         new.k, new.v = (
             F.pad(x[:, rows, :, : self.used].transpose(2, 3).flatten(3, 4), (0, 0, 0, room)) for x in (self.k, self.v)
         )
+        new.memory = self.memory and self.memory.rows(rows[:, 0])  # beams side by side have one source
         new.positions = F.pad(self.positions[rows, : self.used].flatten(1), (0, room), value=NOWHERE)
         new.lengths, new.used = self.lengths[rows[:, 0]], self.used * rows.size(1)
         return new

@@ -7,7 +7,7 @@ read again (`context_start`). Beam search is in `beam.py`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from decoding.cache import KVCache
 from decoding.fast import next_step
 from decoding.kernels import read_tokens
 from model import GPT
+from seq2seq import EncoderDecoder
 from text.tokenizer import Tokenizer, start_id
 
 DRAWN = 1024  # random numbers that are drawn at once for each row
@@ -74,18 +75,43 @@ def choose(
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
 
 
-def read(model: GPT, windows: list[list[int]], room: int, side_by_side: int = 1) -> tuple[Tensor, KVCache]:
+def padded(rows: Iterable[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Token lists as one right-padded tensor (B, T), and their lengths."""
+    lengths = [len(row) for row in rows]
+    return torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], device=device), lengths
+
+
+def split_sources(model: GPT, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Split prompts into what an encoder reads, and what the decoder reads; a GPT reads all of them itself.
+
+    A prompt of an encoder–decoder is a source and, as its last token, the one that begins a target.
+    Raises ValueError for a source without tokens.
+    """
+    if not model.config.n_encoder_layer:
+        return [[] for _ in prompts], [list(prompt) for prompt in prompts]
+    if any(len(prompt) < 2 for prompt in prompts):
+        raise ValueError("an encoder–decoder needs a source: a prompt is its tokens and the one that begins a target")
+    return [list(prompt[:-1]) for prompt in prompts], [list(prompt[-1:]) for prompt in prompts]
+
+
+def read(
+    model: GPT, windows: list[list[int]], sources: list[list[int]], room: int, side_by_side: int = 1
+) -> tuple[Tensor, KVCache]:
     """Read windows of tokens, equal ones once: returns the logits (B, V) after each, and a cache of them.
 
-    room: empty slots to add to the cache. side_by_side: how many consecutive windows share a row of the cache, which
-    then has B / side_by_side rows (see KVCache.regroup).
+    sources: of each window, for an encoder–decoder, whose encoder reads them here. room: empty slots to add to the
+    cache. side_by_side: how many consecutive windows share a row of the cache, which then has B / side_by_side rows
+    (see KVCache.regroup).
     """
     weight, number = model.tok_emb.weight, {}
-    rows = [number.setdefault(tuple(window), len(number)) for window in windows]
-    lengths = [len(window) for window in number]
-    T = max(lengths)
-    idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in number], device=weight.device)
-    cache = KVCache(model.config, len(number), T, weight.device, weight.dtype)
+    pairs = zip(map(tuple, sources), map(tuple, windows), strict=True)
+    rows = [number.setdefault(pair, len(number)) for pair in pairs]
+    idx, lengths = padded([window for _, window in number], weight.device)
+    cache = KVCache(model.config, len(number), idx.size(1), weight.device, weight.dtype)
+    if isinstance(model, EncoderDecoder):
+        source, counts = padded([source for source, _ in number], weight.device)
+        real = torch.arange(source.size(1)) < torch.tensor(counts)[:, None]  # (B, S)
+        cache.memory = model.remember(source, None if real.all() else real.to(weight.device))
     logits = read_tokens(model, idx, cache=cache.expect(lengths=lengths), last_only=True)
     rows = torch.tensor(rows, device=weight.device)
     return logits[rows, -1], cache.regroup(rows.view(-1, side_by_side), room)
@@ -134,13 +160,13 @@ def stream(
 ) -> Iterator[list[Token | None]]:  # fmt: skip
     """Yield each row's next token, step after step; None for a row that has ended.
 
-    prompts: token lists of any lengths of at least 1. Row i draws its random numbers from seed + i, whatever the batch.
+    prompts: token lists (an encoder–decoder's: see `split_sources`). Row i draws its random numbers from seed + i.
     temperature, top_k, top_p, min_p: see `choose`. repetition_penalty: see `penalize`; the prompt's tokens count too.
     A row ends with eos_id, or with a token for which ends(row, token), called once for each new token, is true.
     vocab_size: the tokenizer's, where the model's is rounded up; ids from there on are never drawn.
     """
     check_prompts(prompts, model.config.vocab_size)
-    rows, B = [list(prompt) for prompt in prompts], len(prompts)
+    (sources, rows), B = split_sources(model, prompts), len(prompts)
     device, block_size = model.tok_emb.weight.device, model.config.block_size
     drawing = torch.device("cpu") if device.type == "mps" else device  # Apple's mps has no float64
     draws = [np.random.default_rng(seed + i) for i in range(B)]
@@ -158,7 +184,7 @@ def stream(
             starts, windows = now, [row[start:] for row, start in zip(rows, now, strict=True)]
             room = min(max_new_tokens - 1 - step, block_size - max(map(len, windows)))
             step_model = cache = None  # free their memory before more is allocated
-            logits, cache = read(model, windows, room)
+            logits, cache = read(model, windows, sources, room)
         else:
             step_model = step_model or next_step(model, cache)
             logits = step_model(torch.tensor([row[-1:] for row in rows], device=device))[:, -1]

@@ -25,6 +25,7 @@ from runs.checkpoint import (
     put_weights,
     verify,
 )
+from seq2seq import model_of
 from text.chat import Template
 from text.styles import PLAINGPT, STYLES, TOKENS
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -199,7 +200,7 @@ class Run:
                 f"{held:,}: one of them is damaged or was replaced"
             )
         with shapes_only():
-            model = GPT(replace(self.model_config))  # a copy: `grow` may change the model's config
+            model = model_of(replace(self.model_config))  # a copy: `grow` may change the model's config
         put_weights(model, checkpoint, dtype)
         for name, table in position_tables(model.config).items():
             model.register_buffer(name, table, persistent=False)

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from runs.checkpoint import FILES, Saver, load_optimizers, load_weights, read_state, verify
 from runs.importing import imported
 from runs.run import CONFIG, IMPORT, SCRATCH, Origin, Run, model_to_fine_tune
+from seq2seq import model_of
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
@@ -33,7 +34,7 @@ COMMANDS = {"pretrain": "train.py", "sft": "finetune.py"}
 # Model settings that may differ from those of the run whose weights are used; any other would need other weights.
 MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
 # Training settings that a resumed run may not change, since its optimizer state or weights would not fit.
-FIXED = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
+FIXED = ("objective", "optimizer", "lora_rank", "lora_alpha", "lora_targets")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,11 +107,11 @@ class Start:
         """Return the model to pretrain, on the CPU: random weights, another run's, or those of the resumed run."""
         torch.manual_seed(seed)
         if self.state:
-            model = GPT(replace(model_config))
+            model = model_of(replace(model_config))
             load_weights(model, self.checkpoint)
             return model
         if self.source is None:
-            return GPT(replace(model_config))
+            return model_of(replace(model_config))
         return adapt(self.source.load_model(self.checkpoint.name), model_config)
 
     def model_to_fine_tune(self, run: Run, tokenizer: Tokenizer, seed: int) -> GPT:
@@ -140,7 +141,7 @@ class Start:
 def adapt(model: GPT, model_config: GPTConfig) -> GPT:
     """Return a model with the same weights and the settings of `model_config` (see MAY_CHANGE)."""
     model_config = replace(model_config, vocab_size=model.config.vocab_size)
-    adapted, weights = GPT(model_config), model.state_dict()
+    adapted, weights = model_of(model_config), model.state_dict()
     if "pos_emb.weight" in weights:
         weights["pos_emb.weight"] = weights["pos_emb.weight"][: model_config.block_size]
     adapted.load_state_dict(weights)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from common.config import build, read_arguments
-from model import GPT, GPTConfig
+from model import GPTConfig
 from runs.run import unseen_tokens
 from runs.start import Start
+from seq2seq import model_of
 from tasks.pretrain import choose_tokenizer
 from tasks.sft import FinetuneConfig, conversation_task, load_conversations, set_length
 from tasks.task import dataset_folder
@@ -174,7 +175,7 @@ def job_flops(job: Job) -> float:
 
     def measure(n_layer: int) -> tuple[float]:
         with torch.device("meta"):
-            model = GPT(replace(job.model, n_layer=n_layer))
+            model = model_of(replace(job.model, n_layer=n_layer))
         return (flops_per_token(model),)
 
     (full,) = by_depth(measure, job.model.n_layer)

@@ -145,7 +145,8 @@ class Muon(torch.optim.Optimizer):
 def stacked_rows(model: GPT) -> dict[str, list[int]]:
     """The weights that hold several matrices on top of each other, with each matrix's number of rows."""
     config = model.config
-    stacks = {"qkv.weight": [config.head_dim * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]}
+    H, K, D = config.n_head, config.n_kv_head, config.head_dim
+    stacks = {"qkv.weight": [H * D, K * D, K * D], "keys_values.weight": [K * D, K * D]}
     if config.mlp in GATED:
         stacks["up.weight"] = [config.mlp_dim, config.mlp_dim]
     return {n: rows for n, _ in model.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
@@ -161,7 +162,9 @@ def make_optimizers(model: GPT, config, process: Process | None = None) -> list[
     """
     rows = stacked_rows(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = {n: p for n, p in named if config.optimizer == "muon" and p.dim() == 2 and n.startswith("blocks.")}
+    hidden = {
+        n: p for n, p in named if config.optimizer == "muon" and p.dim() == 2 and n.startswith(("blocks.", "encoder."))
+    }
     rest = [p for n, p in named if n not in hidden]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},

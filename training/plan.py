@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused
 from common.layers import shapes_only
 from model import GPT, GPTConfig
+from seq2seq import model_of
 from training.config import TrainConfig
 from training.device import Process, autocast
 from training.lora import LoraConfig, add_lora
@@ -58,7 +59,7 @@ def count_weights(config: GPTConfig) -> int | float:
     if max(widths) > ABSURD:
         return math.inf
     with shapes_only():
-        one, two = (GPT(replace(config, n_layer=n)).num_params() for n in (1, 2))
+        one, two = (model_of(replace(config, n_layer=n)).num_params() for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one)
 
 
@@ -126,7 +127,7 @@ class Job:
         if self.gpu and config.attention == "flash" and not config.dropout:  # the compiled kernel needs no (T, T) mask
             config = replace(config, position="none" if config.position == "alibi" else config.position)
             config.sliding_window = 0
-        model = GPT(config)
+        model = model_of(config)
         if self.lora:
             add_lora(model, self.lora)
         if self.gpu and config.attention == "flash":
@@ -246,7 +247,8 @@ def count_passes(job: Job, n_layer: int) -> tuple[float, float, float]:
         idx = torch.zeros(job.config.batch_size, job.model.block_size, dtype=torch.long)
         live.peak = live.now
         with autocast(torch.device("cpu"), job.dtype):  # fake tensors of a GPU would need a PyTorch with CUDA
-            _, loss = model(idx=idx, targets=idx, target_count=1)
+            source = {"source": idx} if job.model.n_encoder_layer else {}
+            _, loss = model(idx=idx, targets=idx, target_count=1, **source)
         loss.backward()
         return marks["kept"] - base, marks["head"] - marks["kept"], max(live.peak, marks["before"], marks["head"])
 

@@ -1,0 +1,18 @@
+"""The task that a config's `objective` names, for train.py. To add one is to add a file and a case here."""
+
+from model import GPTConfig
+from runs.start import Start
+from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
+from tasks.task import Task
+from training.config import TrainConfig
+
+
+def open_task(start: Start, config: TrainConfig, model_config: GPTConfig) -> tuple[Task, str]:
+    """Return the task, on the data set that the config names, and a line about that data.
+
+    Sets model_config.vocab_size if it was 0. Raises ValueError for data that is missing, damaged, or does not suit the
+    model, or the run that it starts from.
+    """
+    corpus = open_corpus(config.dataset)
+    tokenizer = choose_tokenizer(corpus, start.resumes or start.source, model_config)
+    return pretraining_task(corpus, tokenizer, config, model_config), summary(corpus)
