@@ -6,6 +6,7 @@ PyTorch takes seconds, and Ctrl-C must print one line even then.
 """
 
 import errno
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from typing import TextIO
 OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|ALLOC_FAILED|Storage size"
 ARRAY_TOO_BIG = "array is too big|Maximum allowed dimension exceeded"
 TOO_LARGE = "[Oo]verflow|cannot be represented"
+PEER_GONE = "gloo|NCCL"  # in an error of processes that train together, which follows from the end of one of them
 PATIENCE = 5.0  # seconds; torchrun needs less to stop the other processes when one has failed
 
 # Bidirectional controls reorder the characters that a terminal shows.
@@ -54,12 +56,15 @@ def run_command(
             sys.exit(1)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore further Ctrl-C
-            if rank() == 0:
+            if not rank():
                 print("interrupted", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             message = message_of(error, if_out_of_memory)
             if message is None:
+                if rank() is not None and isinstance(error, RuntimeError) and re.search(PEER_GONE, str(error)):
+                    time.sleep(3 * PATIENCE)  # torchrun ends this process, and the one that failed says why
+                tell_torchrun(f"{type(error).__name__}: {error}")
                 raise
             report(message)
             sys.exit(1)
@@ -81,9 +86,9 @@ def message_of(error: Exception, if_out_of_memory: str) -> str | None:
     return None
 
 
-def rank() -> int:
-    """Return the rank of this process among those that torchrun started; 0 if it is the only one."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+def rank() -> int | None:
+    """Return the rank of this process among those that torchrun started; None if it is the only one."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
 
 def report(message: str) -> None:
@@ -92,16 +97,26 @@ def report(message: str) -> None:
     Process 0 prints at once. Any other process waits first: if process 0 has failed too, torchrun ends this process
     meanwhile. If not, only this process has the error, such as a missing GPU, so it must print it.
     """
-    if rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
-    else:
+    line = f"error: {message}"
+    if rank():
         time.sleep(PATIENCE)
-        print(f"error in process {rank()}: {message}", file=sys.stderr)
+        line = f"error in process {rank()}: {message}"
+    tell_torchrun(line)
+    print(line, file=sys.stderr)
+
+
+def tell_torchrun(line: str) -> None:
+    """Leave the line where torchrun looks for a failed process's error: its report, printed last, ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):  # torchrun has gone; the line is on the screen anyway
+            Path(path).write_text(json.dumps({"message": details}))
 
 
 def end_at_once(_number: int, _frame: object) -> None:
     """Handle Ctrl-C during the imports: exit at once, as there is nothing to clean up yet."""
-    if rank() == 0:
+    if not rank():
         with suppress(OSError):  # stderr is closed
             os.write(2, b"interrupted\n")
     os._exit(130)

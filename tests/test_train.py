@@ -170,7 +170,9 @@ def test_two_processes_are_one(command, corpus_folder, tmp_path):
 def test_micro_steps_that_do_not_divide_among_processes_are_refused(corpus_folder, tmp_path):
     result = torchrun(2, tmp_path / "two", corpus_folder, "--gradient_accumulation_steps=3")
     assert result.returncode != 0
-    assert result.stderr.count("gradient_accumulation_steps (3) counts the micro-steps of all 2 processes") == 1
+    message = "error: gradient_accumulation_steps (3) counts the micro-steps of all 2 processes"
+    assert result.stderr.count(message) == 2  # by one process, and at the end of torchrun's report
+    assert message in result.stderr.splitlines()[-2] and "====" in result.stderr.splitlines()[-1]
 
 
 def test_evaluation_reads_the_whole_split_whatever_the_batch(command, capsys):
