@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from common.files import errors_name, locked, write_json
+from bpe import with_checksum
+from common.files import checksum, errors_name, locked, write_json
 from text.documents import Document
 from text.tokenise import Encoded, encode_documents
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # torch takes seconds and much memory to import, so the worke
 SPLITS = ("train", "val")
 META = "meta.json"
 FORMAT = {"format": "plaingpt-corpus", "version": 1}
+KEYS = {*FORMAT, "dtype", "tokenizer", "vocab_size", "splits", "tokenizer_sha256", "special_tokens_in_text"}
 IGNORE = -100  # target that the loss ignores: equal to model.IGNORE, which would import torch
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def write_held_corpus(
             "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
             "special_tokens_in_text": spelled,
         }  # fmt: skip
-        write_json(new / META, meta)
+        write_json(new / META, with_checksum(meta))
         # Between these renames meta.json is missing, so the folder does not open: old and new files never mix.
         (folder / META).unlink(missing_ok=True)
         for name in (*(f"{split}.bin" for split in SPLITS), FILE_NAME, META):
@@ -312,8 +314,10 @@ def _read_meta(folder: Path) -> dict:
         }:
             if version != FORMAT["version"]:
                 raise ValueError(f"{str(path)!r} has format version {version}, this code reads {FORMAT['version']}")
-            sizes = (tokens, size, val_tokens, val_size)
-            if all(_is_size(n, 1 << 63) for n in sizes) and _is_size(vocab_size, 1 << 8 * np.dtype(dtype).itemsize):
+            stated, sizes = meta.pop("sha256", None), (tokens, size, val_tokens, val_size)
+            intact = meta.keys() <= KEYS and stated in (None, checksum(meta))  # files of earlier versions have none
+            possible = all(_is_size(n, 1 << 63) for n in sizes)
+            if intact and possible and _is_size(vocab_size, 1 << 8 * np.dtype(dtype).itemsize):
                 return meta
     raise ValueError(f"{str(path)!r} is damaged, or not of this project: {_how_to_prepare(folder)}")
 
