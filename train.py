@@ -16,11 +16,11 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.config import help_text, read_arguments
 from model import GPT, IGNORE, GPTConfig
-from runs.checkpoint import list_checkpoints
+from runs.checkpoint import INITIAL_STATE, list_checkpoints
 from runs.run import Run
 from runs.start import RunFolder, Start, decide
 from tasks.objective import open_task
@@ -48,10 +48,11 @@ from training.device import (
     start_process,
     stop_process,
 )
-from training.interrupt import interruptible
+from training.interrupt import Interrupted, interruptible, until_interrupted
 from training.optim import learning_rate_at
 from training.plan import Job, check_memory
 from training.prefetch import Prefetcher, pin, to_device
+from training.skips import told, was_skipped
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
 USAGE = """usage: python train.py [config/x.py] [--key=value ...]          (no config: config/pydocs.py)
@@ -79,7 +80,7 @@ class Trainer:
         self, model: GPT, optimizers: list, task: Task, config: TrainConfig, process: Process, state: dict | None = None
     ):
         self.model, self.optimizers, self.task, self.config, self.process = model, optimizers, task, config, process
-        self.state = state or {"step": 0, "val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
+        self.state = state or dict(INITIAL_STATE)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == "float16")
         if self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
@@ -89,7 +90,7 @@ class Trainer:
             self.network = DistributedDataParallel(self.evaluator, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False  # they are constants
         self.prefetch = Prefetcher(self.read_batches, config.max_iters, process.device)
-        self.saved_step = self.state["step"]  # the last step that was evaluated and saved
+        self.saved_step = self.state["step"]  # the step of the newest checkpoint
         self.pending: list[Tensor] = []  # losses and gradient norms still on the device, read together at the next log
         self.peak = Peak(process)
 
@@ -105,8 +106,9 @@ class Trainer:
                 # Evaluate, save, and show what the model has learned
                 step = state["step"]
                 last = step >= config.max_iters
-                if (step % config.eval_interval == 0 or last) and (step != self.saved_step or step == 0):
-                    self.evaluate_and_save()
+                known = step == self.saved_step and step > 0 and not state["evaluation_due"]
+                if (step % config.eval_interval == 0 or last) and not known:
+                    self.evaluate_and_save(caught)
                 if last:
                     return
                 self.stop_if_asked(caught)
@@ -177,9 +179,11 @@ class Trainer:
     def update_weights(self, step: int, grad_norm: Tensor) -> None:
         """One step of every optimizer, at the schedule's learning rate.
 
-        A float16 gradient may overflow in the weights of one optimizer: then all of them skip the step.
+        A float16 gradient may overflow in the weights of one optimizer: then all of them skip the step. With
+        skip_nonfinite, so they do for any gradient that is not finite; weights and optimizers stay as they were.
         """
-        skip = self.process.dtype == "float16" and not grad_norm.isfinite()
+        may_skip = self.process.dtype == "float16" or self.config.skip_nonfinite > 0
+        skip = may_skip and not grad_norm.isfinite()  # waits for the device
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, self.config)
@@ -191,17 +195,21 @@ class Trainer:
     def flush(self) -> None:
         """Wait for the pending steps, refuse to go on if one was not finite, and log the last if log_interval says so.
 
-        Waiting seldom keeps the GPU busy. With float16 an infinite gradient is normal: GradScaler skips that step.
+        Waiting seldom keeps the GPU busy. A step that was skipped is logged as that: see `was_skipped`.
         """
         if self.pending:
             config, last, tokens_per_step = self.config, self.state["step"], self.task.tokens_per_step
             losses = torch.stack(self.pending).tolist()
             for step, (loss, norm) in enumerate(losses, start=last - len(losses) + 1):
-                if not (math.isfinite(loss) and (math.isfinite(norm) or self.process.dtype == "float16")):
-                    raise ValueError(self.broken_down(f"step {step}: loss {loss}, gradient norm {norm}"))
+                try:
+                    skipped = was_skipped(loss, norm, self.process.dtype, config, self.state)
+                except ValueError as error:
+                    raise ValueError(self.broken_down(f"step {step}: {error}")) from None
+                if skipped:
+                    self.log.skipped(step, norm, self.state["skipped"])
             now = time.perf_counter()
             speed = tokens_per_step * len(losses) / (now - self.clock)
-            if last % config.log_interval == 0 or last == config.max_iters:
+            if not skipped and (last % config.log_interval == 0 or last == config.max_iters):
                 self.log.training(
                     step=last, train_loss=loss, lr=learning_rate_at(last - 1, config), grad_norm=norm,
                     tokens=last * tokens_per_step, seconds=now - self.begin, tokens_per_second=speed,
@@ -210,22 +218,33 @@ class Trainer:
             self.pending.clear()
         self.clock = time.perf_counter()
 
-    def evaluate_and_save(self) -> None:
-        """Evaluate, log it, save (step 0 has nothing to save), and show a sample if it is time to."""
+    def evaluate_and_save(self, caught: list[int]) -> None:
+        """Evaluate, log it, save (step 0 has nothing to save), and show a sample if it is time to.
+
+        A signal to stop ends the evaluation, which resuming does again from its beginning.
+        """
         self.flush()
         config, state = self.config, self.state
-        metrics = evaluate(self.evaluator, self.task, self.process, self.log.evaluating)
+
+        def watch(batches: Iterable) -> Iterator:
+            return self.log.evaluating(until_interrupted(batches, self.process, caught))
+
+        try:
+            metrics = evaluate(self.evaluator, self.task, self.process, watch)
+        except Interrupted:
+            self.stop(caught, evaluation_due=True)
         if not math.isfinite(metrics["val_loss"]):
             raise ValueError(self.broken_down(f"step {state['step']}: val_loss {metrics['val_loss']}"))
         event = {"step": state["step"], **metrics, "seconds": time.perf_counter() - self.begin}
         self.log.event(event)
+        state["evaluation_due"] = False
         if state["step"]:
             best = state["best_val_loss"] is None or metrics["val_loss"] < state["best_val_loss"]
             if best:
                 state["best_val_loss"] = metrics["val_loss"]
             if best or config.always_save_checkpoint:
                 self.save(metrics["val_loss"])
-        self.log.show_evaluation(event)  # after saving: a terminal that is gone costs nothing
+        self.log.show_evaluation(event, told(state))  # after saving: a terminal that is gone costs nothing
         last = state["step"] >= config.max_iters
         if config.sample_interval and (last or state["step"] % config.sample_interval == 0) and self.process.rank == 0:
             self.model.eval()
@@ -252,16 +271,21 @@ class Trainer:
         self.folder.save(self.model, self.optimizers, self.state)
 
     def stop_if_asked(self, caught: list[int]) -> None:
-        """If any process has caught a signal to stop: save this step, if it is not saved yet, and exit."""
+        """`stop` if any process has caught a signal to stop."""
         (signals,) = self.process.total(len(caught))
-        if not signals:
-            return
+        if signals:
+            self.stop(caught)
+
+    def stop(self, caught: list[int], evaluation_due: bool = False) -> NoReturn:
+        """Save this step, if it is not saved yet, and exit. evaluation_due: whether resuming is to evaluate it."""
         self.flush()
         step = self.state["step"]
         if step != self.saved_step:
+            self.state["evaluation_due"] = evaluation_due
             self.save(val_loss=None)
         self.folder.wait()
-        self.log.say(f"stopped at step {step}; continue with --init_from=resume --out_dir={self.config.out_dir}")
+        remedy = f"continue with --init_from=resume --out_dir={self.config.out_dir}"
+        self.log.say(f"stopped at step {step}{told(self.state)}; {remedy}")
         raise SystemExit(128 + max(caught, default=signal.SIGTERM))
 
 

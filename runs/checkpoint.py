@@ -25,7 +25,12 @@ from model import GPT
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = {"format": "plaingpt-checkpoint", "version": 1}
-KEPT = 2  # number of newest checkpoints to keep, besides the best
+INITIAL_STATE = {
+    "step": 0, "val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {},
+    "skipped": 0, "skipped_in_row": 0,  # steps whose gradient was not finite
+    "evaluation_due": False,  # whether this step is one to evaluate, and was saved before that
+    "log": None,  # what `seal_log` says of log.jsonl up to this step
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,15 +66,16 @@ def take_snapshot(model: GPT, optimizers: list, state: dict) -> Snapshot:
 class Saver:
     """Saves the checkpoints of a run in a thread, one after the other."""
 
-    def __init__(self, out_dir: str | Path):
-        self.out_dir = out_dir
+    def __init__(self, out_dir: str | Path, keep: int = 2):
+        self.out_dir, self.keep = out_dir, keep
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self.writing: Future[Path] | None = None
 
     def save(self, model: GPT, optimizers: list, state: dict) -> None:
         """`save_checkpoint`, without waiting for the disk; the checkpoint before it is written whole first."""
         self.wait()
-        self.writing = self.thread.submit(write_checkpoint, self.out_dir, take_snapshot(model, optimizers, state))
+        snapshot = take_snapshot(model, optimizers, state)
+        self.writing = self.thread.submit(write_checkpoint, self.out_dir, snapshot, self.keep)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk. Raises the ValueError of `save_checkpoint` if it is not."""
@@ -86,16 +92,16 @@ class Saver:
             self.thread.shutdown()
 
 
-def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: dict) -> Path:
-    """Save a checkpoint of step state["step"]; delete all but the best (lowest state["val_loss"]) and the last two.
+def save_checkpoint(out_dir: str | Path, model: GPT, optimizers: list, state: dict, keep: int = 2) -> Path:
+    """Save a checkpoint of step state["step"]; delete all but the best (lowest state["val_loss"]) and the last `keep`.
 
     Returns the checkpoint's folder. A crash at any moment leaves the previous checkpoints as they were. Raises
     ValueError if it cannot be written.
     """
-    return write_checkpoint(out_dir, take_snapshot(model, optimizers, state))
+    return write_checkpoint(out_dir, take_snapshot(model, optimizers, state), keep)
 
 
-def write_checkpoint(out_dir: str | Path, snapshot: Snapshot) -> Path:
+def write_checkpoint(out_dir: str | Path, snapshot: Snapshot, keep: int) -> Path:
     """What `save_checkpoint` does after the copy."""
     parent = Path(out_dir) / "checkpoints"
     for leftover in parent.glob(".*.tmp"):  # left by a save that was killed
@@ -112,7 +118,7 @@ def write_checkpoint(out_dir: str | Path, snapshot: Snapshot) -> Path:
     temporary.rename(folder)
     sync(parent)
     checkpoints = list_checkpoints(out_dir)
-    for old in set(checkpoints) - {*checkpoints[-KEPT:], find_checkpoint(out_dir, "best")}:
+    for old in set(checkpoints) - {*checkpoints[-keep:], best_of(checkpoints, or_raise=False)}:
         delete(old)
     return folder
 
@@ -186,6 +192,24 @@ def list_checkpoints(out_dir: str | Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))
 
 
+def best_of(checkpoints: list[Path], or_raise: bool = True) -> Path:
+    """Return the checkpoint with the lowest val_loss; the last one if none was evaluated.
+
+    Raises ValueError if the state of one is damaged, or passes it over if or_raise is False.
+    """
+    losses: dict[Path, float] = {}
+    for path in checkpoints:
+        try:
+            loss = read_state(path)["val_loss"]
+        except ValueError:
+            if or_raise:
+                raise
+            continue
+        if loss is not None:
+            losses[path] = loss
+    return min(losses, key=losses.__getitem__, default=checkpoints[-1])
+
+
 def find_checkpoint(out_dir: str | Path, which: str) -> Path:
     """Return the "best" (lowest val_loss), "latest" or named checkpoint of a run. Raises ValueError without one."""
     checkpoints = list_checkpoints(out_dir)
@@ -194,9 +218,7 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
     if which == "latest":
         return checkpoints[-1]
     if which == "best":
-        losses = {path: read_state(path)["val_loss"] for path in checkpoints}
-        measured = [path for path in checkpoints if losses[path] is not None]
-        return min(measured, key=losses.__getitem__, default=checkpoints[-1])
+        return best_of(checkpoints)
     named = Path(out_dir) / "checkpoints" / which
     if named not in checkpoints:
         names = ", ".join(path.name for path in checkpoints)
@@ -205,14 +227,16 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Return state.json: step, val_loss, best_val_loss, seconds, scaler. Raises ValueError if it is damaged."""
+    """Return state.json, with the keys of INITIAL_STATE. Raises ValueError if it is damaged."""
     path = checkpoint / "state.json"
-    state: dict = {"val_loss": None, "best_val_loss": None, "seconds": 0.0, "scaler": {}}
     try:
-        state |= read_json(path, "a checkpoint's state")
+        content = dict(read_json(path, "a checkpoint's state"))
+        state: dict = INITIAL_STATE | content
         good = (
-            type(state["step"]) is int
+            type(content["step"]) is int
             and state["step"] >= 0
+            and isinstance(state["log"], dict | None)
+            and all(type(state[key]) is int for key in ("skipped", "skipped_in_row"))
             and isinstance(state["seconds"], float | int)
             and all(isinstance(state[key], float | int | None) for key in ("val_loss", "best_val_loss"))
             and all(isinstance(value, float | int) for value in state["scaler"].values())
@@ -234,15 +258,18 @@ def verify(checkpoint: Path) -> None:
     try:
         manifest: dict = dict(read_json(path, "a checkpoint's manifest"))
         expected = {name: manifest["files"][name] for name in FILES}
+        version = manifest.get("version", FORMAT["version"])  # the first checkpoints have no format and no version
+        if manifest != {"files": expected} and manifest != FORMAT | {"version": version, "files": expected}:
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is missing or damaged; use another checkpoint") from None
-    if manifest.get("version", FORMAT["version"]) != FORMAT["version"]:  # the first checkpoints have no version
-        raise ValueError(f"{path} has format version {manifest['version']}, this code reads {FORMAT['version']}")
+    if version != FORMAT["version"]:
+        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT['version']}")
     found = checksums(checkpoint)
     for name, checksum in expected.items():
         if found[name] != checksum:
-            path = checkpoint / name
-            raise ValueError(f"{path} is damaged (missing, or its checksum differs); use another checkpoint")
+            differs = f"its checksum is not that of {path}"
+            raise ValueError(f"{checkpoint / name} is damaged (missing, or {differs}); use another checkpoint")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

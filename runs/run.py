@@ -35,6 +35,7 @@ from training.plan import count_weights
 
 CONFIG = "config.json"
 FORMAT = {"format": "plaingpt-run", "version": 1}
+KEYS = {*FORMAT, "task", "origin", "model", "train", "chat"}  # of config.json, besides its checksum
 SCRATCH = "scratch"
 IMPORT = "import"  # the task of a run that convert.py made of a foreign model
 
@@ -88,6 +89,8 @@ class Run:
             raise ValueError(
                 f"{path} is damaged: its checksum differs (after a change by hand, delete its line with sha256)"
             )
+        if unknown := content.keys() - KEYS:
+            raise ValueError(f"{path} is damaged, or of a later version: it has a key {min(unknown)!r}")
         if content.get("version", FORMAT["version"]) != FORMAT["version"]:
             raise ValueError(f"{path} has format version {content['version']}, this code reads {FORMAT['version']}")
         try:

@@ -24,7 +24,7 @@ from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
 from training.device import Process
-from training.log import Log, check_wandb, rewind_log
+from training.log import Log, check_log, check_wandb, rewind_log, seal_log
 from training.lora import add_lora
 from training.optim import learning_rate_at, make_optimizers
 
@@ -47,7 +47,7 @@ class Start:
 
     resumes: the run to resume, None for a new run. source, checkpoint: the run and the checkpoint that the weights come
     from, None for random weights. state: the state.json of the checkpoint to resume, None if training starts at step 0.
-    notes: messages for the user.
+    notes: messages for the user. damaged: checkpoints that are newer than the one to resume, and damaged.
     """
 
     resumes: Run | None = None
@@ -55,6 +55,7 @@ class Start:
     checkpoint: Path | None = None
     state: dict | None = None
     notes: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
     def configs(self, given: dict, *classes: type) -> list:
         """Return one instance of each config class: the given values, else those of the run resumed or started from.
@@ -86,7 +87,7 @@ class Start:
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Return whether the run that is resumed has done all its steps."""
-        return self.state is not None and self.state["step"] >= config.max_iters
+        return self.state is not None and self.state["step"] >= config.max_iters and not self.state["evaluation_due"]
 
     def schedule_note(self, config: TrainConfig) -> list[str]:
         """Return a warning if a larger max_iters makes the learning rate of the resumed run jump up; else []."""
@@ -171,33 +172,37 @@ def decide(given: dict, defaults: dict, task: str) -> Start:
     if run.task != task:
         kind = "a fine-tuned run" if run.task == "sft" else "no fine-tuned run"
         raise ValueError(f"{out_dir} is {kind}: go on with {COMMANDS[run.task]}")
-    checkpoint, notes = newest_intact(run)
+    checkpoint, damaged = newest_intact(run)
     if checkpoint:
-        return Start(run, run, checkpoint, read_state(checkpoint), tuple(notes))
-    notes = [*notes, f"{out_dir} holds no checkpoint: it begins again at step 0"]
+        notes = [f"{why.split(';')[0]}: going on from the one before it" for why in damaged.values()]
+        return Start(run, run, checkpoint, read_state(checkpoint), tuple(notes), tuple(damaged))
+    notes = [f"{out_dir} holds no checkpoint: it begins again at step 0"]
     if run.origin.source == SCRATCH:
         return Start(run, notes=tuple(notes))
     source, which = Run.open(run.origin.source), run.origin.checkpoint
     return Start(run, source, source.checkpoint(which), notes=tuple(notes))
 
 
-def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
-    """Return the newest intact checkpoint, None for a run without any, and notes on newer, damaged ones."""
-    notes: list[str] = []
-    checkpoints = run.checkpoints()
-    for checkpoint in reversed(checkpoints):
+def newest_intact(run: Run) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest intact checkpoint, None for a run without any, and newer ones with what is wrong with each.
+
+    Raises ValueError if all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(run.checkpoints()):
         try:
             verify(checkpoint)
             read_state(checkpoint)
-            return checkpoint, notes
+            return checkpoint, damaged
         except ValueError as error:
-            notes.append(f"{error}: going on from the one before it")
-    if checkpoints:
+            damaged[checkpoint] = str(error)
+    if damaged:
+        first = next(iter(damaged.values()))
         raise ValueError(
-            f"every checkpoint in {run.folder} is damaged ({notes[0].split(':')[0]}): start a new run, with another "
+            f"every checkpoint in {run.folder} is damaged ({first.split(';')[0]}): start a new run, with another "
             f"--init_from; this one is then moved to another folder"
         )
-    return None, notes
+    return None, damaged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +242,7 @@ class RunFolder:
     def __init__(self, run: Run, start: Start, tokenizer: Tokenizer, config: TrainConfig, active: bool):
         self.run, self.start, self.active = run, start, active
         self.lock = ExitStack()
-        self.saver = Saver(run.folder)
+        self.saver = Saver(run.folder, config.keep_checkpoints)
         self.notes = [*start.notes, *start.schedule_note(config)]
         if active:
             check_wandb(config)
@@ -270,6 +275,7 @@ class RunFolder:
         if folder.exists():
             self._hold(folder)
         if start.resumes:
+            self._set_damaged_aside()
             self._rewind_log()
             origin = start.resumes.origin
         else:
@@ -292,11 +298,28 @@ class RunFolder:
         """Lock the folder. Raises ValueError if another process is training there."""
         self.lock.enter_context(locked(folder, "choose another --out_dir"))
 
+    def _set_damaged_aside(self) -> None:
+        """Rename the damaged checkpoints, so that they are no longer the run's; one of that name before is deleted."""
+        for checkpoint in self.start.damaged:
+            aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            self.notes.append(f"the damaged checkpoint is kept as {aside}")
+
     def _rewind_log(self) -> None:
-        """Delete the log after the checkpoint; if all checkpoints are missing, keep the old log under another name."""
-        folder, path = self.run.folder, self.run.folder / "log.jsonl"
-        if self.start.state:
-            rewind_log(folder, self.start.state["step"])
+        """Delete the log after the checkpoint; keep the old one under another name if it is damaged.
+
+        It is kept too if all checkpoints are missing.
+        """
+        folder, path, state = self.run.folder, self.run.folder / "log.jsonl", self.start.state
+        if state:
+            try:
+                check_log(folder, state["log"])
+            except ValueError as error:
+                if path.exists():
+                    shutil.copy2(path, folder / "log.damaged.jsonl")
+                self.notes.append(f"note: {error}; the run goes on, and log.damaged.jsonl keeps the log as it was")
+            rewind_log(folder, state["step"], state["evaluation_due"])
         elif path.exists():
             evaluations = [line for line in path.read_text(errors="replace").splitlines() if '"val_loss"' in line]
             if any('"step": 0,' not in line for line in evaluations):  # somebody deleted the checkpoints
@@ -308,7 +331,7 @@ class RunFolder:
     def save(self, model: GPT, optimizers: list, state: dict) -> None:
         """Save a checkpoint of step state["step"]; a thread writes it, see `wait`."""
         if self.active:
-            self.saver.save(model, optimizers, state)
+            self.saver.save(model, optimizers, state | {"log": seal_log(self.run.folder)})
 
     def wait(self) -> None:
         """Wait until the last save is on the disk. ValueError if it could not be written."""

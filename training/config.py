@@ -27,12 +27,14 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW: decay rate of the running mean of squared gradients
     muon_momentum: float = 0.95  # Muon: decay rate of the running mean of gradients
     grad_clip: float = 1.0  # clip the gradient's global norm to this; 0 = do not clip
+    skip_nonfinite: int = 0  # most steps in a row to skip because their gradient is not finite, before training stops
     eval_interval: int = 250  # steps between evaluations (one more at the end)
     eval_iters: int = 0  # validation batches per evaluation; 0 = the whole split
     eval_only: bool = False  # evaluate once and exit
     log_interval: int = 10  # steps between lines of log.jsonl
     sample_interval: int = 0  # print a sample at evaluations whose step this divides, and at the last; 0 = never
     always_save_checkpoint: bool = True  # save at every evaluation; False: only when val_loss is the best so far
+    keep_checkpoints: int = 2  # number of newest checkpoints to keep, besides the best one
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, where it saves more time than it takes
@@ -48,7 +50,7 @@ class TrainConfig:
             log_interval=at_least(1), seed=at_least(0), min_lr=at_least(0), warmup_iters=at_least(0),
             weight_decay=at_least(0), grad_clip=at_least(0), eval_iters=at_least(0), sample_interval=at_least(0),
             learning_rate=above(0).at_most(1000), decay_fraction=share, beta1=below_one, beta2=below_one,
-            muon_momentum=below_one,
+            muon_momentum=below_one, keep_checkpoints=at_least(1), skip_nonfinite=at_least(0),
         )  # fmt: skip
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")

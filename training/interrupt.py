@@ -1,9 +1,14 @@
-"""Signals that ask a run to stop: it finishes its step and saves first."""
+"""Signals that ask a run to stop: it finishes its step, or leaves its evaluation, and saves first."""
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+from training.device import Process
+
+T = TypeVar("T")
 
 # Ctrl-C, a request to end (kill, job schedulers), and a terminal that is closed (Windows has no such signal)
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -33,3 +38,24 @@ def interruptible(alone: bool) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """Some process has caught a signal to stop, in the middle of an evaluation."""
+
+
+def until_interrupted(batches: Iterable[T], process: Process, caught: list[int]) -> Iterator[T]:
+    """Yield the batches of this process. Raises Interrupted in all processes together once one has caught a signal.
+
+    caught: of `interruptible`. The processes agree after every batch, even where some have one batch less than others.
+    """
+    rest = iter(batches)
+    while True:
+        batch = next(rest, None)
+        signals, going = process.total(len(caught), batch is not None)
+        if signals:
+            raise Interrupted
+        if not going:
+            return
+        if batch is not None:
+            yield batch

@@ -3,6 +3,7 @@
 On a terminal there is a moving bar; elsewhere, where a bar would be noise, a line now and then.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -109,10 +110,15 @@ class Log:
         if not self.bar.disable:
             self.bar.set_postfix_str(self.numbers)
 
-    def show_evaluation(self, event: dict) -> None:
-        """Print an evaluation."""
+    def skipped(self, step: int, grad_norm: float, count: int) -> None:
+        """Log and print a step that was skipped; count: how many there were by now."""
+        self.event({"step": step, "skipped": count})
+        self.say(f"step {step}/{self.config.max_iters}: skipped, as its gradient norm is {grad_norm}; {count} in all")
+
+    def show_evaluation(self, event: dict, more: str = "") -> None:
+        """Print an evaluation, and `more` at the end of its line."""
         self.say(f"step {event['step']}/{self.config.max_iters}: val_loss {event['val_loss']:.4f}, "
-                 f"val_bpb {event['val_bpb']:.4f}, {event['seconds']:.0f} s")  # fmt: skip
+                 f"val_bpb {event['val_bpb']:.4f}, {event['seconds']:.0f} s{more}")  # fmt: skip
 
     def show_preview(self, text: str, step: int) -> None:
         """Print a text that the model made, with control characters as escapes.
@@ -145,16 +151,36 @@ def what_fits(bar: tqdm, step: int, numbers: list[str]) -> str:
     return ", ".join(numbers[:2])
 
 
-def rewind_log(out_dir: str | Path, step: int) -> None:
+def seal_log(out_dir: str | Path) -> dict:
+    """Return the size and the SHA-256 of log.jsonl as it is now, and wait until that much is on the disk."""
+    with open(Path(out_dir) / "log.jsonl", "ab+") as file:
+        os.fsync(file.fileno())
+        file.seek(0)
+        content = file.read()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def check_log(out_dir: str | Path, seal: dict | None) -> None:
+    """Raise ValueError if log.jsonl does not begin with what `seal_log` saw; earlier versions saved no seal (None)."""
+    path = Path(out_dir) / "log.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    if seal and hashlib.sha256(content[: seal["bytes"]]).hexdigest() != seal["sha256"]:
+        raise ValueError(f"{path} is damaged, or was changed: its checksum differs")
+
+
+def rewind_log(out_dir: str | Path, step: int, evaluation_due: bool = False) -> None:
     """Drop from log.jsonl what a killed run logged after `step`, its last checkpoint: resuming will log it again.
 
     Lines that are no events are dropped too: one that the kill cut short, or the zeros that a power loss leaves.
+    evaluation_due: whether the evaluation of that step is to be done again.
     """
     path = Path(out_dir) / "log.jsonl"
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         with replacing(path) as file:
-            file.writelines(line for line in lines if step_of(line) <= step)
+            for line in lines:
+                if step_of(line) < step or step_of(line) == step and not (evaluation_due and '"val_loss"' in line):
+                    file.write(line)
 
 
 def step_of(line: str) -> float:
