@@ -1,9 +1,9 @@
 # make demo: install, prepare the embedded corpus, train, sample, fine-tune, ask. make test: install, lint, test.
-# make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
+# make chaos: kill training, damage its files, fill its disk, and count what is lost (half an hour). make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test gpu lint format clean
+.PHONY: demo install test chaos gpu lint format clean
 
 demo: .venv/installed
 	@echo "1. A corpus: Python's own documentation, and a vocabulary of 1,024 tokens learned from it"
@@ -23,6 +23,9 @@ install: .venv/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=loadfile
+
+chaos: .venv/installed
+	$(BIN)/python bench/chaos.py
 
 # What needs a GPU: its tests and its figures, into RESULTS.md. With the Python of .venv if there is one, else with PYTHON.
 gpu:
