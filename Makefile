@@ -1,5 +1,6 @@
 # make demo: install, prepare the embedded corpus, train, sample, fine-tune, ask. make test: install, lint, test.
-# make chaos: kill training, damage its files, fill its disk, and count what is lost (half an hour). make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
+# make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
+# make chaos: kill training, damage its files, fill its disk, and count what is lost, in half an hour.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -31,6 +31,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from common import cli  # noqa: E402
 from runs import verify  # noqa: E402
 from runs.checkpoint import list_checkpoints  # noqa: E402
 from text.corpus import write_corpus  # noqa: E402
@@ -42,7 +46,38 @@ SETTINGS = {
     "gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_iters": STEPS, "eval_interval": 8, "log_interval": 1,
     "eval_iters": 4, "device": '"cpu"',
 }  # fmt: skip
+AIMS = SAVING, TRAINING, STARTING = ("while saving", "while training", "while starting")
 TIMED = ("seconds", "tokens_per_second", "mfu")  # what the clock decides
+
+
+class Forked:
+    """A copy of this process that runs train.py's command: a start without the seconds that importing PyTorch takes."""
+
+    def __init__(self, arguments: list[str]):
+        self.pid, self.returncode = os.fork(), None
+        if self.pid:
+            return
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nowhere, stream)
+        torch.set_num_threads(1)
+        sys.argv, code = ["train.py", *arguments], 1
+        try:
+            cli.run_command(train.main)
+            code = 0
+        finally:
+            os._exit(code)
+
+    def poll(self, flags: int = os.WNOHANG) -> int | None:
+        """The exit status if the process has ended, else None."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, flags)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def communicate(self) -> None:
+        """Wait for the end."""
+        self.poll(0)
 
 
 class Place:
@@ -56,14 +91,16 @@ class Place:
         documents = [("val" if i % 10 == 0 else "train", text) for i, text in enumerate(texts)]
         write_corpus(self.corpus, documents, CharTokenizer("".join(WORDS) + " .", eot=True), workers=1)
 
-    def start(self, run: Path, processes: int, *options: str, limit: int | None = None) -> subprocess.Popen:
-        """Start training, or resuming where there is a run; limit: the most bytes of a file."""
+    def arguments(self, run: Path) -> list[str]:
+        """Those of train.py: to train, or to resume where there is a run."""
         begin = [str(self.config), f"--dataset={self.corpus}"]
+        return [f"--out_dir={run}", *(["--init_from=resume"] if (run / "config.json").exists() else begin)]
+
+    def start(self, run: Path, processes: int, *options: str, limit: int | None = None) -> subprocess.Popen:
+        """Start training or resuming; limit: the most bytes of a file."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        resuming = (run / "config.json").exists()
         return subprocess.Popen(
-            [sys.executable, *(launcher if processes > 1 else []), "train.py", *([] if resuming else begin),
-             f"--out_dir={run}", *(["--init_from=resume"] if resuming else []), *options],
+            [sys.executable, *(launcher if processes > 1 else []), "train.py", *self.arguments(run), *options],
             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             preexec_fn=lambda: limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
@@ -109,21 +146,20 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def kill(place: Place, process: subprocess.Popen, run: Path, processes: int) -> str:
-    """Kill training, or one of its ranks, at a random moment; returns what kind of moment it was."""
-    draw, log = place.random.random(), run / "log.jsonl"
-    aim = "while saving" if draw < 0.35 else "while training" if draw < 0.9 else "while starting"
+def kill(place: Place, process: subprocess.Popen | Forked, run: Path, processes: int, aim: str) -> str:
+    """Kill training, or one of its ranks, at a random moment of the kind `aim`; returns what kind it was."""
+    log = run / "log.jsonl"
     size = log.stat().st_size if log.exists() else 0
 
     def began() -> bool:  # the log grows, or it has been rewound: training is on its way
         return log.exists() and log.stat().st_size != size
 
-    while process.poll() is None and aim != "while starting" and not began():
+    while process.poll() is None and aim != STARTING and not began():
         time.sleep(0.001)
-    until = time.monotonic() + place.random.uniform(0, 0.6 if aim != "while starting" else 4.0)
+    until = time.monotonic() + place.random.uniform(0, 0.6 if aim != STARTING else 4.0)
     while process.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
-    if aim == "while saving":
+    if aim == SAVING:
         while process.poll() is None and not any(run.glob("checkpoints/.step_*.tmp")):
             time.sleep(0.0005)
         time.sleep(place.random.uniform(0, 0.01))
@@ -148,9 +184,11 @@ def kills(place: Place, count: int, processes: int) -> list[str]:
         run = place.folder / f"killed{processes}"
         shutil.rmtree(run, ignore_errors=True)
         while not run.exists() or not list_checkpoints(run) or list_checkpoints(run)[-1].name != whole[0]:
-            process, before = place.start(run, processes), set(run.glob("checkpoints/.step_*.tmp"))
+            aim, before = place.random.choices(AIMS, (7, 11, 2))[0], set(run.glob("checkpoints/.step_*.tmp"))
+            whole_start = processes > 1 or aim == STARTING
+            process = place.start(run, processes) if whole_start else Forked(place.arguments(run))
             if moments.total() < count:
-                moment = kill(place, process, run, processes)
+                moment = kill(place, process, run, processes, aim)
                 moments.update([moment] if moment != "after the end" else [])
             process.communicate()
             half_saved += not before.issuperset(run.glob("checkpoints/.step_*.tmp"))
@@ -272,6 +310,7 @@ def main() -> None:
     for name, count in (("kills", 50), ("rank_kills", 20), ("flips", 300), ("disks", 10), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=count)
     given, begin = parser.parse_args(), time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C tidies up, instead of ending at once
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder), given.seed)
         rows = kills(place, given.kills, 1) + flips(place, given.flips)
