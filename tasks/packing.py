@@ -17,7 +17,7 @@ from torch import Tensor
 from common.spread import evenly
 from model import IGNORE
 from text.chat import Message, Template
-from text.corpus import epoch_order
+from text.order import drawn
 
 # The length of a padded batch is a multiple of this, which suits the hardware. With fixed shapes, each of the
 # block_size / 16 lengths would be compiled twice, and torch.compile gives up after 8 graphs: the length is symbolic.
@@ -130,10 +130,9 @@ class Rows:
         """
         wanted = range(step * batch_size, (step + 1) * batch_size)[rows]
         if self.packing:
-            count = len(self.rows)
-            return self.collate([self.rows[epoch_order(seed, n // count, count)[1][n % count]] for n in wanted])
+            return self.collate([self.rows[i] for i in drawn(seed, wanted, len(self.rows))[0]])
         count = -(-len(self.rows) // batch_size)
-        start = int(epoch_order(seed, step // count, count)[1][step % count]) * batch_size
+        start = int(drawn(seed, range(step, step + 1), count)[0][0]) * batch_size
         return self.collate([self.rows[(start + n - step * batch_size) % len(self.rows)] for n in wanted])
 
     def all_batches(self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int = 0) -> Iterator[dict]:

@@ -250,7 +250,7 @@ def test_resuming_nothing_is_refused(command):
 
 
 def test_only_the_best_is_saved_if_asked(command):
-    run = command("a", "--always_save_checkpoint=False", "--learning_rate=0.3", "--lr_schedule=constant")
+    run = command("a", "--always_save_checkpoint=False", "--learning_rate=0.5", "--lr_schedule=constant")
     losses = {e["step"]: e["val_loss"] for e in log(run, "val_loss")}
     best = min(losses, key=losses.__getitem__)
     assert 0 < best < 12, "this run should first get better, then worse"

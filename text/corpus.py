@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from bpe import with_checksum
 from common.files import checksum, errors_name, locked, write_json
 from text.documents import Document
+from text.order import drawn
 from text.tokenise import Encoded, encode_documents
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
@@ -229,10 +230,10 @@ class Corpus:
             raise ValueError(f"seed={seed}, step={step}: neither may be negative")
         # One window fewer than would fit, to leave room for the offset
         count = max(1, (len(tokens) - 1) // block_size - 1)
-        block = np.empty((len(range(batch_size)[rows]), block_size + 1), dtype=np.int64)  # (B, T+1)
-        for row, number in zip(block, range(step * batch_size, (step + 1) * batch_size)[rows], strict=True):
-            offset, order = epoch_order(seed, number // count, count, len(tokens) - 1 - count * block_size)
-            start = offset + block_size * order[number % count]
+        numbers = range(step * batch_size, (step + 1) * batch_size)[rows]
+        windows, offsets = drawn(seed, numbers, count, len(tokens) - 1 - count * block_size)
+        block = np.empty((len(numbers), block_size + 1), dtype=np.int64)  # (B, T+1)
+        for row, start in zip(block, (offsets + block_size * windows).tolist(), strict=True):
             row[:] = tokens[start : start + block_size + 1]
         self._check_ids(split, block)
         block = torch.from_numpy(block)
@@ -283,13 +284,6 @@ class Corpus:
         if split not in self._tokens:
             self._tokens[split] = np.asarray(np.memmap(self.folder / f"{split}.bin", self._dtype, mode="r"))
         return self._tokens[split]
-
-
-@lru_cache(maxsize=2)  # a step may span two epochs
-def epoch_order(seed: int, epoch: int, count: int, spare: int = 0) -> tuple[int, np.ndarray]:
-    """Return the epoch's offset, from 0 to `spare`, and a permutation of its `count` windows."""
-    rng = np.random.default_rng([seed, epoch])
-    return int(rng.integers(spare + 1)), rng.permutation(count)
 
 
 def _read_meta(folder: Path) -> dict:
