@@ -111,7 +111,7 @@ def main() -> None:
         return print(plan_finetuning(start, config, sft, model_config, options))
     template = (start.resumes or start.source).template()
     data = load_conversations(config.dataset, template, model_config.block_size)
-    process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
+    process = start_process(config.device, config.dtype, config.gradient_accumulation_steps, config.parallel)
     try:
         task = conversation_task(data, config, sft, model_config.block_size)
         set_length(config, sft, task)
@@ -119,7 +119,7 @@ def main() -> None:
             return say_finished(start, config, process)
         run = new_run(start, config, sft, model_config, template)
         warnings = check_memory(Job.on(process, model_config, config, run.lora), process.device, "fine-tuning")
-        model = start.model_to_fine_tune(run, template.tokenizer, config.seed)
+        model = start.model_to_fine_tune(run, template.tokenizer, config, process)
         run = replace(run, model_config=model.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lines = warnings + about(data, config, trained, start.source.folder)

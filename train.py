@@ -5,7 +5,7 @@
 
 Notable: the step's batch and its dropout are pure functions of (seed, step), so a run that was killed and resumed is
 the run that never stopped; the loss of a step is one mean over all its counted tokens, so neither gradient accumulation
-nor the number of processes changes the gradient; compilation and data parallelism wrap the model from outside.
+nor the number of processes changes the gradient; compilation, data parallelism and sharding are applied from outside.
 """
 
 from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
@@ -36,7 +36,7 @@ from runs.start import RunFolder, Start, decide
 from tasks.objective import open_task
 from tasks.plan import PlanOptions, plan_pretraining, take_options
 from tasks.task import Task
-from training.compiling import compiled, decide_to_compile
+from training.compiling import decide_to_compile, prepare
 from training.config import TrainConfig
 from training.device import (
     Peak,
@@ -52,6 +52,7 @@ from training.interrupt import Interrupted, interruptible, until_interrupted
 from training.optim import learning_rate_at
 from training.plan import Job, check_memory
 from training.prefetch import Prefetcher, pin, to_device
+from training.shard import clip_gradients, drop_gathered, in_step, is_sharded
 from training.skips import told, was_skipped
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
@@ -84,9 +85,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == "float16")
         if self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
-        self.evaluator: Any = compiled(model, task.fixed_shapes) if config.compile is True else model
+        self.evaluator: Any = prepare(model, config, task.fixed_shapes)
         self.network: Any = self.evaluator  # has no_sync if it is data-parallel
-        if process.world_size > 1:  # the gradients are views of the buckets that are exchanged, not copies
+        if process.world_size > 1 and not is_sharded(
+            model
+        ):  # the gradients are views of the buckets that are exchanged, not copies
             self.network = DistributedDataParallel(self.evaluator, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False  # they are constants
         self.prefetch = Prefetcher(self.read_batches, config.max_iters, process.device)
@@ -159,8 +162,8 @@ class Trainer:
         for i, batch in zip(mine, batches, strict=True):
             seed = int(np.random.default_rng([self.config.seed, step, i]).integers(2**63))
             seed_random(seed, process.device)  # dropout
-            waits = process.world_size > 1 and i < mine[-1]
-            with self.network.no_sync() if waits else nullcontext():  # exchange gradients once per step
+            waits = i < mine[-1] and hasattr(self.network, "no_sync")
+            with self.network.no_sync() if waits else nullcontext():  # exchange gradients once per step, unless sharded
                 with autocast(process.device, process.dtype):
                     _, loss = self.network(**to_device(batch, process.device), target_count=target_count)
                 self.scaler.scale(loss).backward()
@@ -174,7 +177,7 @@ class Trainer:
         """Clip the gradient's global norm to grad_clip; returns the norm before that."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        return clip_gradients(self.model, self.config.grad_clip or math.inf)
 
     def update_weights(self, step: int, grad_norm: Tensor) -> None:
         """One step of every optimizer, at the schedule's learning rate.
@@ -246,11 +249,19 @@ class Trainer:
                 self.save(metrics["val_loss"])
         self.log.show_evaluation(event, told(state))  # after saving: a terminal that is gone costs nothing
         last = state["step"] >= config.max_iters
-        if config.sample_interval and (last or state["step"] % config.sample_interval == 0) and self.process.rank == 0:
-            self.model.eval()
-            self.log.show_preview(self.task.preview(self.model), state["step"])
-            self.model.train()
+        if config.sample_interval and (last or state["step"] % config.sample_interval == 0):
+            self.show_preview()
         self.clock = time.perf_counter()  # evaluation does not count in tokens per second
+
+    def show_preview(self) -> None:
+        """Print what the model makes now. It takes all processes to run a sharded one, and one prints."""
+        process, sharded = self.process, is_sharded(self.model)
+        if process.rank == 0 or sharded:
+            self.model.eval()
+            with autocast(process.device, process.dtype if sharded else "float32"):  # a sharded model's blocks need it
+                self.log.show_preview(self.task.preview(self.model), self.state["step"])
+            self.model.train()
+            drop_gathered(self.model)
 
     def broken_down(self, what: str) -> str:
         """What to say when a number is not finite."""
@@ -297,11 +308,13 @@ def evaluate(network, task: Task, process: Process, watch: Callable = iter) -> d
     """
     network.eval()
     loss, count = torch.zeros((), dtype=torch.float64, device=float64_device(process.device)), 0
-    for batch in watch(task.validation(process.rank, process.world_size)):
+    batches = task.validation(process.rank, process.world_size)
+    for batch in watch(in_step(batches, process) if is_sharded(network) else batches):
         count += int((batch["targets"] != IGNORE).sum())
         with autocast(process.device, process.dtype):
             loss += network(**to_device(pin(batch, process.device), process.device), target_count=1)[1].to(loss.device)
     network.train()
+    drop_gathered(network)
     total, counted = process.total(loss.item(), count)
     mean = total / max(counted, 1)
     return {"val_loss": mean, "val_bpb": mean * task.tokens_per_byte / np.log(2)}
@@ -321,7 +334,7 @@ def train_or_evaluate(
     compiles, notes = decide_to_compile(config, process, flops)
     config = replace(config, compile=compiles)
     if config.eval_only:  # by the network that training would use
-        metrics = evaluate(compiled(model, task.fixed_shapes) if compiles else model, task, process)
+        metrics = evaluate(prepare(model, config, task.fixed_shapes), task, process)
         if process.rank == 0:
             print(*notes, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), sep="\n")
         return
@@ -332,6 +345,7 @@ def train_or_evaluate(
         for line in [
             *folder.notes, *notes, *about,
             f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}"
+            + (", sharded" if is_sharded(model) else "")
             + (", compiled" if compiles else ""),
             f"{config.max_iters:,} steps: {config.max_iters / task.steps_per_pass:,.1f} passes over the training data, "
             f"{task.steps_per_pass:,.1f} steps each",
@@ -368,12 +382,12 @@ def main() -> None:
     if options.plan:
         return print(plan_pretraining(start, config, model_config, options))
     task, about = open_task(start, config, model_config)
-    process = start_process(config.device, config.dtype, config.gradient_accumulation_steps)
+    process = start_process(config.device, config.dtype, config.gradient_accumulation_steps, config.parallel)
     try:
         if start.is_finished(config) and not config.eval_only:
             return say_finished(start, config, process)
         warnings = check_memory(Job.on(process, model_config, config), process.device, "training")
-        model = start.model(model_config, config.seed)
+        model = start.model(model_config, config, process)
         fine_tuned = start.source is not None and start.source.fine_tuned
         run = Run(Path(config.out_dir), model.config, asdict(config), "pretrain", fine_tuned)
         run = run.with_template_of(start.source)

@@ -11,17 +11,21 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import read_json, sync
 from model import GPT
+from training.shard import held_rows, local, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 FORMAT = {"format": "plaingpt-checkpoint", "version": 1}
@@ -46,16 +50,21 @@ class Snapshot:
     state: dict
 
 
-def take_snapshot(model: GPT, optimizers: list, state: dict) -> Snapshot:
+def take_snapshot(model: GPT, optimizers: list, state: dict, keep: bool = True) -> Snapshot:
     """Copy the weights, the optimizers' state and `state`; from a GPU all tensors are copied before one wait.
 
     The copy needs as much memory as the checkpoint has bytes, until it is written: 4 per weight, and 4 (Muon) or 8
-    (AdamW) for the optimizer's state. `to` makes copies that do not wait in pinned memory.
+    (AdamW) for the optimizer's state. `to` makes copies that do not wait in pinned memory. Of a sharded model one
+    tensor after the other is gathered: all processes call this together, and those without `keep` copy nothing.
     """
 
     def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        contiguous = {name: x.detach().contiguous() for name, x in tensors.items()}
-        return {name: x.to("cpu", non_blocking=x.is_cuda, copy=True) for name, x in contiguous.items()}
+        copies = {}
+        for name, x in tensors.items():
+            x = whole(x.detach()).contiguous()
+            if keep:
+                copies[name] = x.to("cpu", non_blocking=x.is_cuda, copy=True)
+        return copies
 
     taken = Snapshot(copy(trained_weights(model)), copy(optimizer_tensors(model, optimizers)), dict(state))
     if any(p.is_cuda for p in model.parameters()):
@@ -272,22 +281,20 @@ def verify(checkpoint: Path) -> None:
             raise ValueError(f"{checkpoint / name} is damaged (missing, or {differs}); use another checkpoint")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file. Raises ValueError for any other kind of file, such as a pickle."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading. Raises ValueError for any other kind of file, such as a pickle."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file ({error}); no other kind is loaded") from None
 
 
 def number_of_weights(checkpoint: Path) -> int:
     """Return the number of weights in the checkpoint, which the file's header tells. Raises ValueError."""
-    path = checkpoint / FILES[0]
-    try:
-        with safe_open(path, framework="pt") as file:
-            return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}); no other kind is loaded") from None
+    with open_tensors(checkpoint / FILES[0]) as file:
+        return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())
 
 
 def check_shapes(model: nn.Module, checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -301,11 +308,14 @@ def check_shapes(model: nn.Module, checkpoint: Path, shapes: dict[str, tuple[int
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Copy the checkpoint's weights into the model. Raises ValueError if names or shapes differ."""
-    weights, parameters = read_tensors(checkpoint / FILES[0]), trained_weights(model)
-    check_shapes(model, checkpoint, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+    """Copy the checkpoint's weights into the model. Raises ValueError if names or shapes differ.
+
+    Of a sharded model, each process reads the rows that it holds.
+    """
+    with open_tensors(checkpoint / FILES[0]) as file:
+        check_shapes(model, checkpoint, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
+        for name, parameter in trained_weights(model).items():
+            local(parameter).copy_(file.get_slice(name)[held_rows(parameter)])
 
 
 def put_weights(model: GPT, checkpoint: Path, dtype: torch.dtype | None) -> None:
@@ -326,14 +336,24 @@ def put_weights(model: GPT, checkpoint: Path, dtype: torch.dtype | None) -> None
 
 
 def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:
-    """Restore the optimizers' state. Raises ValueError if its names or shapes are not those of this model."""
+    """Restore the optimizers' state, of a sharded model each process's rows of it.
+
+    Raises ValueError if its names or shapes are not those of this model.
+    """
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     owner: dict[Tensor, torch.optim.Optimizer] = {}
     for optimizer in optimizers:
         owner |= {p: optimizer for group in optimizer.param_groups for p in group["params"]}
-    for label, tensor in read_tensors(checkpoint / FILES[1]).items():
-        name, _, key = label.rpartition("/")
-        p = parameters.get(name)
-        if p is None or p not in owner or (tensor.dim() and tensor.shape != p.shape) or not tensor.is_floating_point():
-            raise ValueError(f"{checkpoint}: its optimizer state is not of this model: {label}")
-        owner[p].state[p][key] = tensor.to(p.device)
+    with open_tensors(checkpoint / FILES[1]) as file:
+        for label in file.keys():
+            name, _, key = label.rpartition("/")
+            p, stored = parameters.get(name), file.get_slice(label)
+            shape, kind = stored.get_shape(), stored.get_dtype()
+            if p is None or p not in owner or (shape and shape != list(p.shape)) or not kind.startswith(("F", "BF")):
+                raise ValueError(f"{checkpoint}: its optimizer state is not of this model: {label}")
+            if shape:
+                rows = stored[held_rows(p)]
+                owner[p].state[p][key] = torch.empty_like(p, dtype=rows.dtype, requires_grad=False)
+                local(owner[p].state[p][key]).copy_(rows)
+            else:
+                owner[p].state[p][key] = file.get_tensor(label).to(p.device, copy=True)

@@ -205,8 +205,7 @@ class Run:
         with shapes_only():
             model = model_of(replace(self.model_config))  # a copy: `grow` may change the model's config
         put_weights(model, checkpoint, dtype)
-        for name, table in position_tables(model.config).items():
-            model.register_buffer(name, table, persistent=False)
+        add_tables(model)
         return model
 
     def corrected_base(self) -> GPT:
@@ -214,6 +213,12 @@ class Run:
         model = model_to_fine_tune(self.base, self.base_checkpoint, self.tokenizer)
         add_lora(model, self.lora)
         return model
+
+
+def add_tables(model: GPT, device: torch.device | None = None) -> None:
+    """Give a model that was made without numbers its tables of positions."""
+    for name, table in position_tables(model.config).items():
+        model.register_buffer(name, table.to(device), persistent=False)
 
 
 def _lora_of(content: dict | None, path: Path) -> LoraConfig | None:

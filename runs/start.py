@@ -14,19 +14,21 @@ import torch
 
 from common.config import build
 from common.files import locked
+from common.layers import shapes_only
 from formats.source import is_hub_name
 from model import GPT, GPTConfig
-from runs.checkpoint import FILES, Saver, load_optimizers, load_weights, read_state, verify
+from runs.checkpoint import FILES, Saver, load_optimizers, load_weights, read_state, take_snapshot, verify
 from runs.importing import imported
-from runs.run import CONFIG, IMPORT, SCRATCH, Origin, Run, model_to_fine_tune
+from runs.run import CONFIG, IMPORT, SCRATCH, Origin, Run, add_tables, model_to_fine_tune
 from seq2seq import model_of
 from text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
 from training.device import Process
 from training.log import Log, check_log, check_wandb, rewind_log, seal_log
-from training.lora import add_lora
+from training.lora import LoraConfig, add_lora
 from training.optim import learning_rate_at, make_optimizers
+from training.shard import draw_sharded, is_sharded, receive, shard, shards
 
 RESUME = "resume"
 COMMANDS = {"pretrain": "train.py", "sft": "finetune.py"}
@@ -104,9 +106,14 @@ class Start:
             f"rate: --init_from={config.out_dir} --out_dir=out/more --learning_rate={max(before, now / 10):.1e}"
         ]
 
-    def model(self, model_config: GPTConfig, seed: int) -> GPT:
-        """Return the model to pretrain, on the CPU: random weights, another run's, or those of the resumed run."""
-        torch.manual_seed(seed)
+    def model(self, model_config: GPTConfig, config: TrainConfig, process: Process) -> GPT:
+        """Return the model to pretrain: random weights, another run's, or those of the resumed run.
+
+        It is on the CPU, or if it is sharded, on its device.
+        """
+        torch.manual_seed(config.seed)
+        if shards(config, process):
+            return self._sharded_model(model_config, process)
         if self.state:
             model = model_of(replace(model_config))
             load_weights(model, self.checkpoint)
@@ -115,17 +122,44 @@ class Start:
             return model_of(replace(model_config))
         return adapt(self.source.load_model(self.checkpoint.name), model_config)
 
-    def model_to_fine_tune(self, run: Run, tokenizer: Tokenizer, seed: int) -> GPT:
-        """Return the model to fine-tune, on the CPU, with LoRA if `run` has it."""
-        torch.manual_seed(seed)
+    def _sharded_model(self, model_config: GPTConfig, process: Process) -> GPT:
+        """`model`, of which each process draws or reads its own rows; another run's weights are sent by the first."""
+        if self.source is None:
+            model = draw_sharded(lambda: model_of(replace(model_config)), process)
+            add_tables(model, process.device)
+            return model
+        model = without_numbers(model_config, None, process)
+        if self.state:
+            load_weights(model, self.checkpoint)
+        else:
+            first = process.rank == 0
+            receive(
+                model, adapt(self.source.load_model(self.checkpoint.name), model_config) if first else None, process
+            )
+        return model
+
+    def model_to_fine_tune(self, run: Run, tokenizer: Tokenizer, config: TrainConfig, process: Process) -> GPT:
+        """Return the model to fine-tune, with LoRA if `run` has it; on the CPU, or if it is sharded, on its device."""
+        torch.manual_seed(config.seed)
         if self.state and not run.lora:
-            return self.model(run.model_config, seed)
+            return self.model(run.model_config, config, process)
+        if shards(config, process):  # the first process makes all of it, and sends it to the others
+            vocab_size = max(run.model_config.vocab_size, tokenizer.vocab_size)
+            model = without_numbers(replace(run.model_config, vocab_size=vocab_size), run.lora, process)
+            source = self._whole_model_to_fine_tune(run, tokenizer) if process.rank == 0 else None
+            receive(model, source, process)
+        else:
+            model = self._whole_model_to_fine_tune(run, tokenizer)
+        if self.state:
+            load_weights(model, self.checkpoint)
+        return model
+
+    def _whole_model_to_fine_tune(self, run: Run, tokenizer: Tokenizer) -> GPT:
+        """The model that fine-tuning begins with, on the CPU, with corrections that are still zero."""
         source, which = (self.resumes.base, run.base_checkpoint) if self.state else (self.source, self.checkpoint.name)
         model = adapt(model_to_fine_tune(source, which, tokenizer), run.model_config)
         if run.lora:
             add_lora(model, run.lora)
-        if self.state:
-            load_weights(model, self.checkpoint)
         return model
 
     def optimizers(self, model: GPT, config: TrainConfig, process: Process | None = None) -> list:
@@ -137,6 +171,17 @@ class Start:
         if self.state:
             load_optimizers(model, optimizers, self.checkpoint)
         return optimizers
+
+
+def without_numbers(model_config: GPTConfig, lora: LoraConfig | None, process: Process) -> GPT:
+    """Return a sharded model on its device whose weights are not filled yet."""
+    with shapes_only():
+        model = model_of(replace(model_config))
+        if lora:
+            add_lora(model, lora)
+    shard(model, process)
+    add_tables(model, process.device)
+    return model
 
 
 def adapt(model: GPT, model_config: GPTConfig) -> GPT:
@@ -329,9 +374,14 @@ class RunFolder:
                 path.unlink()
 
     def save(self, model: GPT, optimizers: list, state: dict) -> None:
-        """Save a checkpoint of step state["step"]; a thread writes it, see `wait`."""
+        """Save a checkpoint of step state["step"]; a thread writes it, see `wait`.
+
+        All processes call this together: those that do not write give their rows of a sharded model.
+        """
         if self.active:
             self.saver.save(model, optimizers, state | {"log": seal_log(self.run.folder)})
+        elif is_sharded(model):
+            take_snapshot(model, optimizers, state, keep=False)
 
     def wait(self) -> None:
         """Wait until the last save is on the disk. ValueError if it could not be written."""

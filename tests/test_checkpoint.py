@@ -187,6 +187,7 @@ def test_an_error_of_the_thread_comes_up_in_whatever_waits_for_it_and_once(run, 
 KILLS = """
 import itertools, os, resource, signal, sys
 import torch
+from safetensors.torch import load_file
 from model import GPT, GPTConfig
 from runs import checkpoint
 from training.config import TrainConfig
@@ -233,7 +234,7 @@ def newest():
         step = checkpoint.read_state(folder)["step"]
         assert folder.name == f"step_{step:08d}"
         for name in checkpoint.FILES[:2]:
-            assert all((x == step).all() for x in checkpoint.read_tensors(folder / name).values()), (folder, name)
+            assert all((x == step).all() for x in load_file(folder / name).values()), (folder, name)
     return checkpoint.read_state(found[-1])["step"] if found else 0
 
 def fork(**moment):

@@ -1,17 +1,21 @@
-"""Whether to compile the network: where that saves time, and where the tools for it are there."""
+"""Compiling the network where that saves time and where the tools for it are there, and activation checkpointing."""
 
 import os
 import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from model import GPT
 from training.config import TrainConfig
 from training.device import Process, peak_flops
+from training.shard import is_sharded
 
 # The estimate behind compile='auto'. It is rough on purpose: near the threshold both choices take about the same time.
 COMPILE_SECONDS = 60.0  # to compile the network for training and for evaluation, and Newton-Schulz
@@ -73,3 +77,18 @@ def compiled(network: Callable, fixed_shapes: bool) -> Callable:
     length a variable.
     """
     return torch.compile(network, dynamic=False if fixed_shapes else None)
+
+
+def prepare(model: GPT, config: TrainConfig, fixed_shapes: bool) -> Callable:
+    """What to call as the model: compiled if config.compile is True, with its activations checkpointed if config says.
+
+    A sharded model is compiled block by block, for its weights are gathered between the blocks. Checkpointing keeps a
+    block's input and the state of the random generators, and repeats the block in the backward pass [Chen et al. 2016].
+    """
+    by_block = config.compile is True and is_sharded(model)
+    for block in model.blocks:
+        if by_block:
+            block.forward = compiled(block.forward, fixed_shapes)
+        if config.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return compiled(model, fixed_shapes) if config.compile is True and not by_block else model

@@ -121,11 +121,11 @@ class Process:
         return sums.tolist()
 
 
-def start_process(device: str, dtype: str, micro_steps: int) -> Process:
+def start_process(device: str, dtype: str, micro_steps: int, parallel: str = "ddp") -> Process:
     """Join the processes that torchrun started, or be the only one.
 
-    micro_steps: micro-steps per step, over all processes. Raises ValueError if they cannot be shared out equally, or
-    if the device is not there.
+    micro_steps: micro-steps per step, over all processes. Raises ValueError if they cannot be shared out equally, if
+    the device is not there, or for float16 with parallel="fsdp".
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0)) if world_size > 1 else 0
@@ -137,6 +137,9 @@ def start_process(device: str, dtype: str, micro_steps: int) -> Process:
     picked = pick_device(device)
     if world_size > 1:
         picked = pick_local_device(device, picked)
+    dtype = pick_dtype(dtype, picked)
+    if dtype == "float16" and parallel == "fsdp":
+        raise ValueError("parallel=fsdp knows no scaling of float16's gradients: use bfloat16, float32 or parallel=ddp")
     if picked.type == "cuda":
         torch.cuda.set_device(picked)  # before NCCL starts, which would otherwise put a context on GPU 0 as well
         torch.set_float32_matmul_precision("high")  # TF32
@@ -144,7 +147,7 @@ def start_process(device: str, dtype: str, micro_steps: int) -> Process:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=picked)
     elif world_size > 1:
         dist.init_process_group("gloo")  # refuses a device_id
-    return Process(rank, world_size, picked, pick_dtype(dtype, picked))
+    return Process(rank, world_size, picked, dtype)
 
 
 def pick_local_device(device: str, picked: torch.device) -> torch.device:

@@ -66,6 +66,7 @@ class EmbeddingWithNewRows(nn.Embedding):
     def __init__(self, embedding: nn.Embedding, lora_rows: nn.Parameter, ids: Tensor):
         nn.Module.__init__(self)
         self.weight, self.lora_rows = embedding.weight, lora_rows
+        self.sparse = False  # DistributedDataParallel asks every embedding
         self.row_of: Tensor
         row_of = torch.full((len(embedding.weight),), len(ids), device=ids.device)
         row_of[ids] = torch.arange(len(ids), device=ids.device)

@@ -5,6 +5,7 @@ Notable:
   one weight;
 - matrices of one shape, from all layers, go through Newton-Schulz as one batch, which can be compiled;
 - of the processes that train together, one orthogonalises each matrix, and one all-gather brings the updates to all;
+  if the weights are sharded, their rows travel to it, and the rows of the updates back (training/shard.py);
 - Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from model import GATED, GPT
 from training.device import Process, has_bfloat16
+from training.shard import Exchange, in_rounds, is_sharded, local, stacked_counts
 
 
 def learning_rate_at(step: int, config) -> float:
@@ -67,10 +69,9 @@ def assign_owners(costs: list[float], world_size: int) -> list[int]:
     return owners
 
 
-def matrices(stacks: list[Tensor], rows: list[list[int]]) -> list[Tensor]:
-    """Views of the matrices that are stacked in each 2-d tensor, as (r, c) with r <= c: tall ones are transposed."""
-    pieces = [piece for stack, counts in zip(stacks, rows, strict=True) for piece in stack.split(counts)]
-    return [piece if piece.size(0) <= piece.size(1) else piece.mT for piece in pieces]
+def pieces(stacks: list[Tensor], rows: list[list[int]]) -> list[Tensor]:
+    """Views of the matrices that are stacked in each 2-d tensor; rows: the number of rows of each."""
+    return [piece for stack, counts in zip(stacks, rows, strict=True) for piece in stack.split(counts)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -78,8 +79,9 @@ class Muon(torch.optim.Optimizer):
 
     params: 2-d weights. rows: for each of them, the numbers of rows of the matrices stacked in it. The update of an
     (r, c) matrix is scaled by 0.2·√max(r, c), which gives it the root mean square of AdamW's [Liu et al. 2025, section
-    2.2]. process: one of those that train together, None for a single one; all of them hold the same weights, gradients
-    and momentum. compiled: whether to compile Newton-Schulz, once for each shape.
+    2.2]. process: one of those that train together, None for a single one. All of them hold the same weights, gradients
+    and momentum, or if the weights are sharded, each its own rows. compiled: whether to compile Newton-Schulz, once for
+    each shape.
     """
 
     def __init__(
@@ -87,54 +89,76 @@ class Muon(torch.optim.Optimizer):
         process: Process | None = None, compiled: bool = False,
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.rows = rows
         self.rank, world_size = (process.rank, process.world_size) if process else (0, 1)
-        shapes = [matrix.shape for matrix in matrices([p.detach() for p in params], rows)]
-        owners = assign_owners([r * r * (2 * c + r) for r, c in shapes], world_size)  # products of Newton-Schulz
-        # The numbers of the matrices that each process orthogonalises
-        self.owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world_size)]
+        self.shapes = [(n, p.size(1)) for p, counts in zip(params, rows, strict=True) for n in counts]
+        sides = [(min(shape), max(shape)) for shape in self.shapes]
+        owners = assign_owners([r * r * (2 * c + r) for r, c in sides], world_size)  # products of Newton-Schulz
+        # The numbers of the matrices that each process orthogonalises, in one round or, if they must travel, in several
+        owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world_size)]
+        self.rows, self.rounds, self.rows_travel = rows, [owned], is_sharded(params[0])
+        if self.rows_travel:
+            held = [[stacked_counts(counts, rank, world_size) for counts in rows] for rank in range(world_size)]
+            self.rows, self.rounds = held[self.rank], in_rounds(owned, [r * c for r, c in sides])
+            self.exchange = Exchange(self.shapes, [sum(counts, []) for counts in held], self.rank)
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of every weight; each must have a gradient. Processes that train together call this together."""
         (group,) = self.param_groups
-        weights, rows = group["params"], self.rows
-        gradients = [weight.grad for weight in weights]
-        for weight in weights:
+        for weight in group["params"]:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-        momenta = [self.state[weight]["momentum"] for weight in weights]
+        weights = [local(weight) for weight in group["params"]]
+        gradients = [local(weight.grad) for weight in group["params"]]
+        momenta = [local(self.state[weight]["momentum"]) for weight in group["params"]]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
 
-        W, M, G = (matrices(stacks, rows) for stacks in (weights, momenta, gradients))
+        W, M, G = (pieces(stacks, self.rows) for stacks in (weights, momenta, gradients))
         # bfloat16 is the fastest where the hardware has it, and the iteration forgives its rounding
         dtype = torch.bfloat16 if W[0].is_cuda and has_bfloat16(W[0].device) else W[0].dtype
-        by_shape = defaultdict(list)  # (r, c) → numbers of this process's matrices of that shape
-        for i in self.owned[self.rank]:
-            by_shape[W[i].shape].append(i)
-        updates: dict[int, Tensor] = {}
-        for numbers in by_shape.values():
+        like = W[0].new_empty(0, dtype=dtype)
+        for owned in self.rounds:
+            mine = [i for numbers in owned for i in numbers] if self.rows_travel else owned[self.rank]
             # Nesterov: where the momentum is going
-            ahead = torch.stack([G[i].lerp(M[i], group["momentum"]).to(dtype) for i in numbers])
-            updates |= zip(numbers, self.orthogonalize(ahead), strict=True)
-        if len(self.owned) > 1:
-            updates = self.exchange(updates, [w.shape for w in W], W[0].new_empty(0, dtype=dtype))
-        for i, w in enumerate(W):
-            w.sub_(updates[i], alpha=group["lr"] * 0.2 * math.sqrt(w.size(1)))
+            ahead = {i: G[i].lerp(M[i], group["momentum"]).to(dtype) for i in mine}
+            if self.rows_travel:
+                ahead = self.exchange.to_owners(ahead, owned)
+            updates = self.orthogonalized(ahead)
+            if self.rows_travel:
+                updates = self.exchange.to_holders(updates, owned, like)
+            elif len(owned) > 1:
+                updates = self.share(updates, owned, like)
+            for i, update in updates.items():
+                W[i].sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(self.shapes[i])))
 
-    def exchange(self, updates: dict[int, Tensor], shapes: list[torch.Size], like: Tensor) -> dict[int, Tensor]:
+    def orthogonalized(self, matrices: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Each matrix (r, c) orthogonalised, those of one shape together; the dict is emptied, to free their memory."""
+        by_shape = defaultdict(list)  # (r, c), r <= c → numbers of the matrices of that shape, tall ones transposed
+        for i, x in matrices.items():
+            by_shape[min(x.shape), max(x.shape)].append(i)
+        found: dict[int, Tensor] = {}
+        for numbers in by_shape.values():
+            tall = [matrices[i].size(0) > matrices[i].size(1) for i in numbers]
+            taken = [matrices.pop(i) for i in numbers]
+            stack = torch.stack([x.mT if flip else x for x, flip in zip(taken, tall, strict=True)])
+            del taken
+            for i, update, flip in zip(numbers, self.orthogonalize(stack), tall, strict=True):
+                found[i] = update.mT if flip else update
+        return found
+
+    def share(self, updates: dict[int, Tensor], owned: list[list[int]], like: Tensor) -> dict[int, Tensor]:
         """The updates of all matrices, from each process's own: one all-gather, of parts that are equally long.
 
-        shapes: of all matrices; like: a tensor with the updates' dtype and device.
+        like: a tensor with the updates' dtype and device.
         """
-        lengths = [[shapes[i].numel() for i in numbers] for numbers in self.owned]
+        lengths = [[math.prod(self.shapes[i]) for i in numbers] for numbers in owned]
         parts = like.new_empty(len(lengths), max(map(sum, lengths)))  # each process's updates, and unused room
         slots: dict[int, Tensor] = {}
-        for part, numbers, sizes in zip(parts, self.owned, lengths, strict=True):
+        for part, numbers, sizes in zip(parts, owned, lengths, strict=True):
             room = part[: sum(sizes)].split(sizes) if sizes else ()
-            slots |= {i: slot.view(shapes[i]) for i, slot in zip(numbers, room, strict=True)}
+            slots |= {i: slot.view(self.shapes[i]) for i, slot in zip(numbers, room, strict=True)}
         for i, update in updates.items():
             slots[i].copy_(update)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before PyTorch 2.13
