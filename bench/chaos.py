@@ -163,7 +163,7 @@ def kill(place: Place, process: subprocess.Popen | Forked, run: Path, processes:
     if aim == SAVING:
         while process.poll() is None and not any(run.glob("checkpoints/.step_*.tmp")):
             time.sleep(0.0005)
-        time.sleep(place.random.uniform(0, 0.01))
+        time.sleep(place.random.uniform(0, 0.002))
     if process.poll() is not None:
         return "after the end"
     victims = children(process.pid) if processes > 1 else [process.pid]
