@@ -62,6 +62,9 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
         raise ValueError("--init_from must be the folder of a trained run: fine-tuning starts from trained weights")
     start = decide(given, DEFAULTS, "sft")
     config, sft, model_config = start.configs(given, *classes)
+    if config.objective != "pretrain" or model_config.n_encoder_layer or not model_config.causal:
+        raise ValueError("finetune.py teaches conversations to a GPT that continues text: another --objective, and "
+                         "models with an encoder or causal=False, are train.py's")  # fmt: skip
     sources = {key: source for key, (_, source) in given.items()}
     if sources.get("max_iters") == COMMAND_LINE or resuming and "num_epochs" not in given:
         sft.num_epochs = 0.0

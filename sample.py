@@ -164,6 +164,8 @@ def open_model(config: SampleConfig) -> TextModel:
     if not run.model_config.causal:
         raise ValueError(f"{config.out_dir}: this model (causal=False) sees the tokens that it would have to predict: "
                          "it can neither continue a text nor score one")  # fmt: skip
+    if run.model_config.n_encoder_layer and (config.score or config.chat):
+        raise ValueError(f"{config.out_dir}: this model translates: give it a source by --prompt or --prompts")
     dtype = DTYPES[pick_dtype(config.dtype, device)]
     if config.quantize == "int8":
         check_int8(device, dtype)

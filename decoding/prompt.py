@@ -34,6 +34,11 @@ class TextModel:
         return self.template.end_id if self.template else self.tokenizer.eot_id
 
     @property
+    def translates(self) -> bool:
+        """Whether the model is an encoder–decoder, whose prompt is a source and whose text is the target."""
+        return self.gpt.config.n_encoder_layer > 0
+
+    @property
     def block_size(self) -> int:
         """Length of the context: the most tokens that the model sees at once."""
         return self.gpt.config.block_size
@@ -167,7 +172,7 @@ def make_prompts(model: TextModel, questions: list[Question], system: str) -> li
 
 
 def make_prompt(model: TextModel, question: Question, system: str = "") -> Prompt:
-    """Turn a question into tokens: for a base model a text to continue, else a conversation up to its answer.
+    """Turn a question into tokens: a text to continue, a source to translate, or a conversation up to its answer.
 
     Raises ValueError if this model cannot read the question.
     """
@@ -179,7 +184,17 @@ def make_prompt(model: TextModel, question: Question, system: str = "") -> Promp
         raise ValueError("this is a base model, which continues a text and knows no messages, the system's included: "
                          "give it a prompt alone, or fine-tune it first")  # fmt: skip
     text = fields["prompt"]
+    if model.translates:
+        return Prompt(question, source_tokens(model, text), shown="", begins=True)
     return Prompt(question, prompt_tokens(model.tokenizer, text), shown=text, begins=text == "")
+
+
+def source_tokens(model: TextModel, text: str) -> list[int]:
+    """Encode a source, and the token that begins its target. Raises ValueError if it is empty or too long."""
+    tokens = model.tokenizer.encode(text)
+    if not 0 < len(tokens) <= model.block_size:
+        raise ValueError(f"this model translates a --prompt of 1 to {model.block_size} tokens, not of {len(tokens)}")
+    return [*tokens, model.tokenizer.eot_id]
 
 
 def conversation(fields: dict, system: str) -> list[Message]:

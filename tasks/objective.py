@@ -4,6 +4,7 @@ from model import GPTConfig
 from runs.start import Start
 from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task
+from tasks.translate import load_translations, translation_task
 from training.config import TrainConfig
 
 
@@ -13,6 +14,11 @@ def open_task(start: Start, config: TrainConfig, model_config: GPTConfig) -> tup
     Sets model_config.vocab_size if it was 0. Raises ValueError for data that is missing, damaged, or does not suit the
     model, or the run that it starts from.
     """
+    known = start.resumes or start.source
+    if config.objective == "translate":
+        data = load_translations(config.dataset, model_config.block_size)
+        choose_tokenizer(data.pairs, known, model_config)
+        return translation_task(data, config, model_config), data.summary()
     corpus = open_corpus(config.dataset)
-    tokenizer = choose_tokenizer(corpus, start.resumes or start.source, model_config)
+    tokenizer = choose_tokenizer(corpus, known, model_config)
     return pretraining_task(corpus, tokenizer, config, model_config), summary(corpus)

@@ -83,6 +83,8 @@ class Length:
 
 def plan_pretraining(start: Start, config: TrainConfig, model_config: GPTConfig, options: PlanOptions) -> str:
     """The plan of a run of train.py. ValueError if vocab_size is neither given nor known from a prepared corpus."""
+    if config.objective == "translate":
+        raise ValueError("--plan counts runs on a corpus, with full rows: leave it out for objective=translate")
     folder = dataset_folder(config.dataset, "meta.json")
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
     if (folder / "meta.json").is_file():

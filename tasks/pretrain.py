@@ -9,6 +9,7 @@ from model import GPT, GPTConfig
 from runs.run import Run, same_tokens
 from tasks.task import Task, dataset_folder
 from text.corpus import Corpus
+from text.pairs import Pairs
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
 
@@ -27,7 +28,7 @@ def summary(corpus: Corpus) -> str:
     return f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}"
 
 
-def choose_tokenizer(corpus: Corpus, known: Run | None, model_config: GPTConfig) -> Tokenizer:
+def choose_tokenizer(corpus: Corpus | Pairs, known: Run | None, model_config: GPTConfig) -> Tokenizer:
     """The tokenizer of the run to come, for which model_config.vocab_size is set if it was 0.
 
     known: the run that is resumed or started from, whose tokenizer is kept; it may have special tokens that the
@@ -51,6 +52,8 @@ def choose_tokenizer(corpus: Corpus, known: Run | None, model_config: GPTConfig)
 
 def pretraining_task(corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, model_config: GPTConfig) -> Task:
     """Predict every next token of the corpus. ValueError for a corpus that is too short for one row."""
+    if model_config.n_encoder_layer:
+        raise ValueError("objective=pretrain has no sources for an encoder to read: leave n_encoder_layer=0")
     if not model_config.causal:
         raise ValueError("causal=False: a model that sees its future has nothing to predict here; leave it True")
     block_size, whole = model_config.block_size, config.batch_size * config.gradient_accumulation_steps

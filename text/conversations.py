@@ -299,7 +299,7 @@ def write_conversations(
     described = {split: _describe(content[split], len(lines[split]), sum(lines[split].values())) for split in SPLITS}
     meta = json.dumps(FORMAT | {"splits": described}, indent=1) + "\n"
     # meta.json is renamed first: until the last rename, its checksums do not match the files.
-    _replace_together(folder, {META: meta.encode()} | {f"{split}.jsonl": content[split] for split in SPLITS})
+    replace_together(folder, {META: meta.encode()} | {f"{split}.jsonl": content[split] for split in SPLITS})
     print(f"{os.path.relpath(folder)}:" + (f" {repeated:,} repeated conversations left out" if repeated else ""))
     for split in SPLITS:
         print(f"  {split:5} {len(lines[split]):>9,} conversations {sum(lines[split].values()):>13,} bytes of text")
@@ -335,7 +335,7 @@ def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
                 raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
 
 
-def _replace_together(folder: Path, contents: dict[str, bytes]) -> None:
+def replace_together(folder: Path, contents: dict[str, bytes]) -> None:
     """Write all files under temporary names, then rename them in this order, under a lock."""
     folder.mkdir(parents=True, exist_ok=True)
     targets = {Path(os.path.realpath(folder / name)): content for name, content in contents.items()}  # follow links
