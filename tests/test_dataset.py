@@ -112,8 +112,8 @@ def test_damaged_meta_is_refused(tmp_path, key):
 def test_a_corpus_of_a_later_format_is_refused(tmp_path):
     numbers(tmp_path, range(10))
     meta = json.loads((tmp_path / "meta.json").read_text())
-    (tmp_path / "meta.json").write_text(json.dumps(meta | {"version": 2}))
-    with pytest.raises(ValueError, match="format version 2, this code reads 1"):
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"version": 3}))
+    with pytest.raises(ValueError, match="format version 3, this code reads 1 and 2"):
         Corpus(tmp_path)
 
 

@@ -278,12 +278,13 @@ def test_a_folder_is_all_that_is_known_in_it(tmp_path, capsys):
         read(tmp_path / ".git")
 
 
-def test_a_corpus_inside_the_folder_is_not_read_as_text(tmp_path):
+def test_a_corpus_inside_the_folder_is_not_read_as_text(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "corpus").mkdir()
-    for name in ("meta.json", "tokenizer.json", "train.bin", "val.bin"):
+    for name in ("meta.json", "tokenizer.json", "train_00000.bin", "train_00001.bin", "val.bin"):
         (tmp_path / "corpus" / name).write_text("{}")
     assert read(tmp_path) == ["text"]
+    assert "other kinds" not in capsys.readouterr().err
 
 
 def test_another_field_is_chosen_by_name(tmp_path):

@@ -254,11 +254,11 @@ def test_a_run_is_never_overwritten(tmp_path, name):
         write_corpus(tmp_path / "file", ONE_OF_EACH, CharTokenizer("ab", eot=True))
 
 
-@pytest.mark.parametrize("room, name", [(1000, "train.bin"), (20, "tokenizer.json"), (400, "meta.json")])
+@pytest.mark.parametrize("room, name", [(1000, "train_00000.bin"), (20, "tokenizer.json"), (400, "meta.json")])
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path, room, name):
     write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
     before = bytes_of(tmp_path)
-    documents = [("train", "ab" * (1000 if name == "train.bin" else 1)), ("val", "ab")]
+    documents = [("train", "ab" * (1000 if name == "train_00000.bin" else 1)), ("val", "ab")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with hold_for_writing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # no file can grow beyond it, as on a full disk

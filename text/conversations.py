@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 
 from text.chat import EMPTY_ANSWER, BadConversation, Message
 from text.conversation_forms import messages_of
-from text.corpus import META, SPLITS
+from text.corpus import META
 from text.documents import split_of
+from text.shards import SPLITS
 
 FORMAT = {"format": "plaingpt-conversations", "version": 1}
 UNREADABLE = (".csv", ".tsv", ".xlsx", ".arrow", ".zst", ".zip", ".bz2", ".xz", ".7z", ".tar")

@@ -1,9 +1,9 @@
 """Write documents to token files, and read batches from token files.
 
-A corpus is a folder: train.bin and val.bin (raw little-endian uint16 or uint32 tokens), tokenizer.json, and meta.json
-with their sizes and SHA-256. `write_corpus` streams: worker processes encode the documents in pieces of bounded size,
-so memory use does not grow with the text. It writes all files to a temporary folder and then moves them into place,
-meta.json last, so a half-written corpus never opens.
+A corpus is a folder: train.bin and val.bin (raw little-endian uint16 or uint32 tokens), or their shards (shards.py),
+tokenizer.json, and meta.json with their sizes and SHA-256. `write_corpus` streams: worker processes encode the
+documents in pieces of bounded size, so memory use does not grow with the text. It writes all files to a temporary
+folder and then moves them into place, meta.json last, so a half-written corpus never opens.
 `Corpus.batch` is a pure function of (seed, step): there is no loader state to save, a resumed run asks for its next
 step, and N processes together read the same batch as one process alone.
 """
@@ -24,19 +24,20 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import with_checksum
-from common.files import checksum, errors_name, locked, write_json
+from common.files import checksum, locked, sync, write_json
 from text.documents import Document
 from text.order import drawn
-from text.tokenise import Encoded, encode_documents
+from text.shards import NAME, SHARD_TOKENS, SPLITS, ShardWriter, Tokens, how_to_prepare, shard_name, shards_of
+from text.tokenise import encode_documents
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # torch takes seconds and much memory to import, so the worker processes do without it
     import torch
 
-SPLITS = ("train", "val")
 META = "meta.json"
-FORMAT = {"format": "plaingpt-corpus", "version": 1}
-KEYS = {*FORMAT, "dtype", "tokenizer", "vocab_size", "splits", "tokenizer_sha256", "special_tokens_in_text"}
+FORMAT = {"format": "plaingpt-corpus"}
+VERSIONS = (1, 2)  # 2: a split in shards, which the first version did not have
+KEYS = {*FORMAT, "version", "dtype", "tokenizer", "vocab_size", "splits", "tokenizer_sha256", "special_tokens_in_text"}
 IGNORE = -100  # target that the loss ignores: equal to model.IGNORE, which would import torch
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -52,17 +53,18 @@ def write_corpus(
     *,
     workers: int | None = None,
     total_bytes: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> dict:
     """Tokenise `documents` into a corpus in `folder`; returns the content of meta.json.
 
     The tokenizer's bos_id and eot_id, if it has them, stand around each document; empty documents are left out. The
     files do not depend on `workers` (default: one per CPU). total_bytes: size of the text, if known, for the progress
-    bar.
+    bar. shard_tokens: tokens per file of a split that has more.
     An old corpus in `folder` stays until the new one is complete. Raises ValueError if a split is empty or the
     tokenizer does not reproduce a text, and as `hold_for_writing` does; WriteError if a file cannot be written.
     """
     with hold_for_writing(folder):
-        return write_held_corpus(folder, documents, tokenizer, workers, total_bytes)
+        return write_held_corpus(folder, documents, tokenizer, workers, total_bytes, shard_tokens)
 
 
 @contextlib.contextmanager
@@ -88,70 +90,92 @@ def write_held_corpus(
     tokenizer: Tokenizer,
     workers: int | None = None,
     total_bytes: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> dict:
     """Do what `write_corpus` does, in a folder that `hold_for_writing` has locked."""
-    folder, dtype = Path(folder), "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    if shard_tokens < 1:
+        raise ValueError(f"--shard_tokens={shard_tokens}: give 1 or more tokens")
+    folder = Path(folder)
     new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
     try:
-        encoded = encode_documents(documents, tokenizer, np.dtype(dtype).newbyteorder("<"), workers)
-        splits, spelled = _write_tokens(new, encoded, total_bytes)
-        tokenizer.save(new)
-        meta = FORMAT | {
-            "dtype": dtype, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "splits": splits,
-            "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
-            "special_tokens_in_text": spelled,
-        }  # fmt: skip
-        write_json(new / META, with_checksum(meta))
-        # Between these renames meta.json is missing, so the folder does not open: old and new files never mix.
-        (folder / META).unlink(missing_ok=True)
-        for name in (*(f"{split}.bin" for split in SPLITS), FILE_NAME, META):
-            os.replace(new / name, folder / name)
+        splits, spelled = _write_tokens(new, documents, tokenizer, workers, total_bytes, shard_tokens)
+        meta = _complete(new, tokenizer, splits, spelled)
+        _move_into_place(new, folder, meta)
         return meta
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_tokens(
-    folder: Path, encoded: Iterator[dict[str, Encoded]], total_bytes: int | None
-) -> tuple[dict[str, dict], dict[str, int]]:
-    """Write the encoded tasks to train.bin and val.bin, synced to disk.
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    Returns each split's counts and SHA-256, and how often the text spells out each special token.
+
+def _write_tokens(
+    folder: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    workers: int | None,
+    total_bytes: int | None,
+    shard_tokens: int,
+) -> tuple[dict[str, dict], dict[str, int]]:
+    """Encode the documents, and write the shards of both splits, synced to disk.
+
+    Returns each split's counts and shards, and how often the text spells out each special token.
     """
-    splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
-    hashes, spelled = {split: hashlib.sha256() for split in SPLITS}, Counter()
-    paths = {split: folder / f"{split}.bin" for split in SPLITS}
+    dtype, spelled = _dtype(tokenizer), Counter()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(encoded))
+        encoded = stack.enter_context(contextlib.closing(encode_documents(documents, tokenizer, dtype, workers)))
         bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None))
-        # Without a buffer, so that a full disk fails in `write`, and not once more in `close`.
-        files = {split: stack.enter_context(open(paths[split], "wb", buffering=0)) for split in SPLITS}
+        writers = {
+            split: stack.enter_context(contextlib.closing(ShardWriter(folder, split, dtype, shard_tokens)))
+            for split in SPLITS
+        }
         for result in encoded:
             for split, part in result.items():
-                content = part.tokens.tobytes()
-                with errors_name(paths[split]):
-                    _write_all(files[split], content)
-                hashes[split].update(content)
-                splits[split]["tokens"] += len(part.tokens)
-                splits[split]["bytes"] += part.bytes
-                splits[split]["documents"] += part.documents
+                writers[split].add(part)
                 spelled.update(part.spelled)
                 bar.update(part.bytes)
         bar.total = bar.n  # the total was an estimate: escapes in JSON are longer than their text
-        for split, file in files.items():
-            with errors_name(paths[split]):
-                os.fsync(file.fileno())
+    splits = {split: writer.counts() for split, writer in writers.items()}
     for split in SPLITS:
         if not splits[split]["tokens"]:
             raise ValueError(f"the {split} split is empty: give more text, or another val_fraction")
-    return {split: splits[split] | {"sha256": hashes[split].hexdigest()} for split in SPLITS}, dict(spelled)
+    return splits, dict(spelled)
 
 
-def _write_all(file, content: bytes) -> None:
-    """Write all of `content` to an unbuffered file, whose `write` may write only a part."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
+def _complete(new: Path, tokenizer: Tokenizer, splits: dict[str, dict], spelled: dict[str, int]) -> dict:
+    """Write the tokenizer and meta.json beside the shards in the temporary folder; returns the content of meta.json."""
+    tokenizer.save(new)
+    for split, counts in splits.items():
+        if len(counts["shards"]) == 1:  # as the first version of the format has it
+            splits[split] = counts | {"sha256": counts["shards"][0]["sha256"]}
+            del splits[split]["shards"]
+    sharded = any("shards" in counts for counts in splits.values())
+    meta = FORMAT | {
+        "version": 2 if sharded else 1, "dtype": _dtype(tokenizer).name, "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size, "splits": splits,
+        "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
+        "special_tokens_in_text": spelled,
+    }  # fmt: skip
+    write_json(new / META, with_checksum(meta))
+    return meta
+
+
+def _move_into_place(new: Path, folder: Path, meta: dict) -> None:
+    """Move the files of a complete corpus from its temporary folder to `folder`, in place of an old corpus there."""
+    # Between these renames meta.json is missing, so the folder does not open: old and new files never mix.
+    (folder / META).unlink(missing_ok=True)
+    moves = {
+        new / shard_name(split, number): folder / shard["file"]
+        for split, counts in meta["splits"].items()
+        for number, shard in enumerate(shards_of(split, counts))
+    }
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name) and path not in moves.values():  # a shard of the old corpus
+            path.unlink()
+    for source, target in (moves | {new / name: folder / name for name in (FILE_NAME, META)}).items():
+        os.replace(source, target)
+    sync(folder)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -165,16 +189,11 @@ class Corpus:
         self.folder = Path(folder)
         self.meta = _read_meta(self.folder)
         self.vocab_size: int = self.meta["vocab_size"]
-        self._dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self._tokens: dict[str, np.ndarray] = {}
-        for split in SPLITS:
-            path = self.folder / f"{split}.bin"
-            size = path.stat().st_size if path.is_file() else 0
-            expected = self.num_tokens(split) * self._dtype.itemsize
-            if size != expected:
-                raise ValueError(
-                    f"{str(path)!r} has {size} bytes instead of {expected}: {_how_to_prepare(self.folder)}"
-                )
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self._tokens = {
+            split: Tokens(self.folder, shards_of(split, self._counts(split)), dtype, self.vocab_size)
+            for split in SPLITS
+        }
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -183,13 +202,13 @@ class Corpus:
         if tokenizer.vocab_size != self.vocab_size:
             raise ValueError(
                 f"the tokenizer in {str(self.folder)!r} has {tokenizer.vocab_size} tokens, its corpus was made with "
-                f"{self.vocab_size}: {_how_to_prepare(self.folder)}"
+                f"{self.vocab_size}: {how_to_prepare(self.folder)}"
             )
         content = (self.folder / FILE_NAME).read_bytes()
         if self.meta.get("tokenizer_sha256") not in (None, hashlib.sha256(content).hexdigest()):
             raise ValueError(
                 f"the tokenizer in {str(self.folder)!r} is not the one its corpus was made with (its SHA-256 differs): "
-                f"{_how_to_prepare(self.folder)}"
+                f"{how_to_prepare(self.folder)}"
             )
         return tokenizer
 
@@ -202,11 +221,9 @@ class Corpus:
         return self._counts(split)["bytes"]
 
     def verify(self) -> None:
-        """Read both token files. Raises ValueError if the SHA-256 of one is not that of meta.json."""
-        for split in SPLITS:
-            if hashlib.sha256(self._map(split)).hexdigest() != self._counts(split)["sha256"]:
-                path = str(self.folder / f"{split}.bin")
-                raise ValueError(f"{path!r} is damaged (its SHA-256 differs): {_how_to_prepare(self.folder)}")
+        """Read all token files. Raises ValueError that names the first one whose SHA-256 is not that of meta.json."""
+        for tokens in self._tokens.values():
+            tokens.verify()
 
     def batch(
         self, split: str, step: int, *, seed: int, batch_size: int, block_size: int, rows: slice = slice(None)
@@ -220,7 +237,7 @@ class Corpus:
         """
         import torch
 
-        tokens = self._map(split)
+        tokens = self._of(split)
         if len(tokens) < block_size + 1:
             raise ValueError(
                 f"the {split} split of {str(self.folder)!r} has {len(tokens)} tokens, and block_size={block_size} "
@@ -234,8 +251,7 @@ class Corpus:
         windows, offsets = drawn(seed, numbers, count, len(tokens) - 1 - count * block_size)
         block = np.empty((len(numbers), block_size + 1), dtype=np.int64)  # (B, T+1)
         for row, start in zip(block, (offsets + block_size * windows).tolist(), strict=True):
-            row[:] = tokens[start : start + block_size + 1]
-        self._check_ids(split, block)
+            row[:] = tokens.read(start, start + block_size + 1)
         block = torch.from_numpy(block)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
@@ -251,15 +267,14 @@ class Corpus:
         """
         import torch
 
-        tokens = self._map(split)
+        tokens = self._of(split)
         if len(tokens) < 2:
             raise ValueError(f"the {split} split of {str(self.folder)!r} has one token: nothing to predict")
         B = min(batch_size, -(-(len(tokens) - 1) // block_size))
         count = -(-(len(tokens) - 1) // (B * block_size))
         chosen = [i * count // max_batches for i in range(max_batches)] if 0 < max_batches < count else range(count)
         for i in chosen[rank::world_size]:
-            part = tokens[i * B * block_size : (i + 1) * B * block_size + 1]
-            self._check_ids(split, part)
+            part = tokens.read(i * B * block_size, (i + 1) * B * block_size + 1)
             idx = torch.zeros(B * block_size, dtype=torch.int64)
             targets = torch.full_like(idx, IGNORE)
             idx[: len(part) - 1] = torch.from_numpy(part[:-1].astype(np.int64))
@@ -271,18 +286,8 @@ class Corpus:
             raise ValueError(f"split {split!r}: a corpus has {' and '.join(SPLITS)}")
         return self.meta["splits"][split]
 
-    def _check_ids(self, split: str, tokens: np.ndarray) -> None:
-        """Raise ValueError if an id is outside the vocabulary, before the embedding fails on it."""
-        if tokens.max(initial=0) >= self.vocab_size:
-            raise ValueError(
-                f"{str(self.folder / split)}.bin holds token id {tokens.max()}, beyond its vocabulary of "
-                f"{self.vocab_size:,}: {_how_to_prepare(self.folder)}"
-            )
-
-    def _map(self, split: str) -> np.ndarray:
+    def _of(self, split: str) -> Tokens:
         self._counts(split)
-        if split not in self._tokens:
-            self._tokens[split] = np.asarray(np.memmap(self.folder / f"{split}.bin", self._dtype, mode="r"))
         return self._tokens[split]
 
 
@@ -290,7 +295,7 @@ def _read_meta(folder: Path) -> dict:
     """Return the content of meta.json. Raises ValueError if it or a field is missing, or if a field is impossible."""
     path = folder / META
     if not path.is_file():
-        raise ValueError(f"no prepared corpus in {str(folder)!r}: {_how_to_prepare(folder)}")
+        raise ValueError(f"no prepared corpus in {str(folder)!r}: {how_to_prepare(folder)}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -301,28 +306,37 @@ def _read_meta(folder: Path) -> dict:
             "version": int(version),
             "dtype": "uint16" | "uint32" as dtype,
             "vocab_size": vocab_size,
-            "splits": {
-                "train": {"tokens": tokens, "bytes": size, "sha256": str()},
-                "val": {"tokens": val_tokens, "bytes": val_size, "sha256": str()},
-            },
+            "splits": {"train": dict(train), "val": dict(val)},
         }:
-            if version != FORMAT["version"]:
-                raise ValueError(f"{str(path)!r} has format version {version}, this code reads {FORMAT['version']}")
-            stated, sizes = meta.pop("sha256", None), (tokens, size, val_tokens, val_size)
+            if version not in VERSIONS:
+                raise ValueError(f"{str(path)!r} has format version {version}, this code reads 1 and 2")
+            stated = meta.pop("sha256", None)
             intact = meta.keys() <= KEYS and stated in (None, checksum(meta))  # files of earlier versions have none
-            possible = all(_is_size(n, 1 << 63) for n in sizes)
-            if intact and possible and _is_size(vocab_size, 1 << 8 * np.dtype(dtype).itemsize):
+            sound = _are_counts(train) and _are_counts(val)
+            if intact and sound and _is_size(vocab_size, 1 << 8 * np.dtype(dtype).itemsize):
                 return meta
-    raise ValueError(f"{str(path)!r} is damaged, or not of this project: {_how_to_prepare(folder)}")
+    raise ValueError(f"{str(path)!r} is damaged, or not of this project: {how_to_prepare(folder)}")
 
 
-def _is_size(value: object, largest: int) -> bool:
+def _is_size(value: object, largest: int = 1 << 63) -> bool:
     """Return whether the value is an integer from 1 to `largest` (True is not, although Python counts it as 1)."""
     return type(value) is int and 1 <= value <= largest
 
 
-def _how_to_prepare(folder: Path) -> str:
-    script = folder / "prepare.py"
-    if script.is_file():
-        return f"run python {script}"
-    return f"prepare it, as in python data/text/prepare.py --input FILES --output {folder}"
+def _are_counts(split: dict) -> bool:
+    """Return whether a split's entry of meta.json has counts, and one SHA-256 or shards that add up to its tokens."""
+    match split:
+        case {"tokens": tokens, "bytes": size, "sha256": str()} if "shards" not in split:
+            return _is_size(tokens) and _is_size(size)
+        case {"tokens": tokens, "bytes": size, "shards": [*shards]}:
+            return _is_size(tokens) and _is_size(size) and _are_shards(shards, tokens)
+    return False
+
+
+def _are_shards(shards: list, tokens: int) -> bool:
+    for shard in shards:
+        match shard:
+            case {"file": str(name), "tokens": count, "sha256": str()} if NAME.fullmatch(name) and _is_size(count):
+                continue
+        return False
+    return sum(shard["tokens"] for shard in shards) == tokens

@@ -159,10 +159,16 @@ def _files_in(folder: Path, reading: Reading) -> list[File]:
     files, others = [], Counter()
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        corpus = ("meta.json", "tokenizer.json", "train.bin", "val.bin") if "train.bin" in names else ()
+        corpus = ("meta.json", "tokenizer.json") if {"meta.json", "tokenizer.json"} <= {*names} else ()
         for name in sorted(names):
             path = Path(place, name)
-            if name.startswith(".") or name in corpus or not path.is_file() or path.stat().st_size == 0:
+            if (
+                name.startswith(".")
+                or name in corpus
+                or (corpus and path.suffix == ".bin")
+                or not path.is_file()
+                or path.stat().st_size == 0
+            ):
                 continue
             kind = _kind_by_name(path, reading)
             if kind and path.suffix:

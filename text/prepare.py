@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 import bpe
 from common.files import replacing
-from text.corpus import SPLITS, hold_for_writing, write_held_corpus
+from text.corpus import hold_for_writing, write_held_corpus
 from text.documents import Document, Documents, Reading, add_reading_options, hub_documents, parts_of
+from text.shards import SHARD_TOKENS, SPLITS
 from text.tokenise import pieces
 from text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_name
 
@@ -55,6 +56,8 @@ def corpus_parser(
         "--val_fraction", default=val_fraction, type=float, metavar="F", help=f"share kept for validation; {default}"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one per CPU")
+    text = f"tokens per file; a longer split becomes train_00000.bin, train_00001.bin, ...; {default}"
+    parser.add_argument("--shard_tokens", type=int, metavar="N", default=SHARD_TOKENS, help=text)
     return parser
 
 
@@ -87,7 +90,7 @@ def prepare(
             tokenizer = learned_tokenizer(documents(), chosen, args.workers)
         else:
             tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
-        meta = write_held_corpus(args.output, documents(), tokenizer, args.workers, total_bytes)
+        meta = write_held_corpus(args.output, documents(), tokenizer, args.workers, total_bytes, args.shard_tokens)
     report(args.output, meta, tokenizer, args.val_fraction)
 
 
