@@ -237,7 +237,7 @@ def test_ctrl_c_exits_with_130_and_leaves_no_corpus(tmp_path):
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     try:
-        while not any(path.stat().st_size for path in tmp_path.glob("out/.prepare-*/train.bin")):
+        while not any(path.stat().st_size for path in tmp_path.glob("out/.unfinished/train_*.bin")):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -15,8 +15,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import with_checksum
-from common.files import checksum, locked, sync, write_json
+from common.files import checksum, locked, read_json, sync, write_json
 from text.documents import Document
 from text.order import drawn
 from text.shards import NAME, SHARD_TOKENS, SPLITS, ShardWriter, Tokens, how_to_prepare, shard_name, shards_of
-from text.tokenise import encode_documents
+from text.tokenise import Encoded, encode_documents
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from text.unfinished import Unfinished
 
 if TYPE_CHECKING:  # torch takes seconds and much memory to import, so the worker processes do without it
     import torch
@@ -37,7 +38,17 @@ if TYPE_CHECKING:  # torch takes seconds and much memory to import, so the worke
 META = "meta.json"
 FORMAT = {"format": "plaingpt-corpus"}
 VERSIONS = (1, 2)  # 2: a split in shards, which the first version did not have
-KEYS = {*FORMAT, "version", "dtype", "tokenizer", "vocab_size", "splits", "tokenizer_sha256", "special_tokens_in_text"}
+KEYS = {
+    *FORMAT,
+    "version",
+    "dtype",
+    "tokenizer",
+    "vocab_size",
+    "splits",
+    "tokenizer_sha256",
+    "special_tokens_in_text",
+    "part",
+}
 IGNORE = -100  # target that the loss ignores: equal to model.IGNORE, which would import torch
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -91,60 +102,90 @@ def write_held_corpus(
     workers: int | None = None,
     total_bytes: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    unfinished: Unfinished | None = None,
+    part: dict | None = None,
 ) -> dict:
-    """Do what `write_corpus` does, in a folder that `hold_for_writing` has locked."""
+    """Do what `write_corpus` does, in a folder that `hold_for_writing` has locked.
+
+    unfinished: go on where this preparation of the same documents was interrupted, and keep what is done if it is
+    interrupted again; without it, nothing is kept. part: what meta.json says of a part of a corpus, for `join`; a
+    split of a part may be empty.
+    """
     if shard_tokens < 1:
         raise ValueError(f"--shard_tokens={shard_tokens}: give 1 or more tokens")
     folder = Path(folder)
-    new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    new = unfinished.path if unfinished else Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
     try:
-        splits, spelled = _write_tokens(new, documents, tokenizer, workers, total_bytes, shard_tokens)
-        meta = _complete(new, tokenizer, splits, spelled)
+        if not (new / META).exists() and not (unfinished and unfinished.state["meta"]):
+            encode = partial(encode_documents, documents, tokenizer, _dtype(tokenizer), workers)
+            writers = _writers(new, tokenizer, shard_tokens, unfinished)
+            spelled = _write_tokens(encode, writers, total_bytes, unfinished)
+            splits = {split: writer.counts() for split, writer in writers.items()}
+            if not part:
+                check_splits(splits)
+            _complete(new, tokenizer, splits, spelled, part or {})
+        meta = read_json((new if (new / META).exists() else folder) / META, "a corpus's")
+        if unfinished:
+            unfinished.save(meta=checksum(meta))
         _move_into_place(new, folder, meta)
         return meta
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if not unfinished:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _write_tokens(
-    folder: Path,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    workers: int | None,
-    total_bytes: int | None,
-    shard_tokens: int,
-) -> tuple[dict[str, dict], dict[str, int]]:
-    """Encode the documents, and write the shards of both splits, synced to disk.
+def _writers(
+    folder: Path, tokenizer: Tokenizer, shard_tokens: int, unfinished: Unfinished | None
+) -> dict[str, ShardWriter]:
+    done = (unfinished and unfinished.state["splits"]) or {}
+    return {split: ShardWriter(folder, split, _dtype(tokenizer), shard_tokens, done.get(split)) for split in SPLITS}
 
-    Returns each split's counts and shards, and how often the text spells out each special token.
+
+def _write_tokens(
+    encode: Callable[[int], Iterator[dict[str, Encoded]]],
+    writers: dict[str, ShardWriter],
+    total_bytes: int | None,
+    unfinished: Unfinished | None,
+) -> dict[str, int]:
+    """Write the encoded tasks to the shards of both splits, synced to disk.
+
+    encode: returns the tasks but for the first so many. Returns how often the text spells out each special token.
     """
-    dtype, spelled = _dtype(tokenizer), Counter()
+    done: int = unfinished.state["tasks"] if unfinished else 0
+    spelled: Counter[str] = Counter(unfinished.state["spelled"] if unfinished else {})
+    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None)
     with contextlib.ExitStack() as stack:
-        encoded = stack.enter_context(contextlib.closing(encode_documents(documents, tokenizer, dtype, workers)))
-        bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenise", disable=None))
-        writers = {
-            split: stack.enter_context(contextlib.closing(ShardWriter(folder, split, dtype, shard_tokens)))
-            for split in SPLITS
-        }
-        for result in encoded:
+        for resource in (bar, *writers.values(), encoded := encode(done)):
+            stack.callback(resource.close)
+        bar.update(sum(writer.counts()["bytes"] for writer in writers.values()))
+        for tasks, result in enumerate(encoded, done + 1):
+            full = False
             for split, part in result.items():
-                writers[split].add(part)
+                full |= writers[split].add(part)
                 spelled.update(part.spelled)
                 bar.update(part.bytes)
+            if unfinished and (full or unfinished.is_due):
+                for writer in writers.values():
+                    writer.sync()
+                splits = {split: writer.counts() for split, writer in writers.items()}
+                unfinished.save(tasks=tasks, splits=splits, spelled=dict(spelled))
         bar.total = bar.n  # the total was an estimate: escapes in JSON are longer than their text
-    splits = {split: writer.counts() for split, writer in writers.items()}
-    for split in SPLITS:
-        if not splits[split]["tokens"]:
+    return dict(spelled)
+
+
+def check_splits(splits: dict[str, dict]) -> None:
+    """Raise ValueError if one of the splits has no tokens."""
+    for split, counts in splits.items():
+        if not counts["tokens"]:
             raise ValueError(f"the {split} split is empty: give more text, or another val_fraction")
-    return splits, dict(spelled)
 
 
-def _complete(new: Path, tokenizer: Tokenizer, splits: dict[str, dict], spelled: dict[str, int]) -> dict:
-    """Write the tokenizer and meta.json beside the shards in the temporary folder; returns the content of meta.json."""
+def _complete(new: Path, tokenizer: Tokenizer, splits: dict[str, dict], spelled: dict[str, int], part: dict) -> None:
+    """Write the tokenizer and meta.json beside the shards in the temporary folder."""
     tokenizer.save(new)
     for split, counts in splits.items():
         if len(counts["shards"]) == 1:  # as the first version of the format has it
@@ -157,12 +198,16 @@ def _complete(new: Path, tokenizer: Tokenizer, splits: dict[str, dict], spelled:
         "tokenizer_sha256": hashlib.sha256((new / FILE_NAME).read_bytes()).hexdigest(),
         "special_tokens_in_text": spelled,
     }  # fmt: skip
-    write_json(new / META, with_checksum(meta))
-    return meta
+    write_json(new / META, with_checksum(meta | part))
 
 
 def _move_into_place(new: Path, folder: Path, meta: dict) -> None:
-    """Move the files of a complete corpus from its temporary folder to `folder`, in place of an old corpus there."""
+    """Move the files of a complete corpus from its temporary folder to `folder`, in place of an old corpus there.
+
+    An interrupted move goes on with the files that are left.
+    """
+    if not (new / META).exists():  # it is the last one to move
+        return
     # Between these renames meta.json is missing, so the folder does not open: old and new files never mix.
     (folder / META).unlink(missing_ok=True)
     moves = {
@@ -170,12 +215,18 @@ def _move_into_place(new: Path, folder: Path, meta: dict) -> None:
         for split, counts in meta["splits"].items()
         for number, shard in enumerate(shards_of(split, counts))
     }
-    for path in folder.iterdir():
-        if NAME.fullmatch(path.name) and path not in moves.values():  # a shard of the old corpus
-            path.unlink()
+    remove_shards(folder, set(moves.values()))
     for source, target in (moves | {new / name: folder / name for name in (FILE_NAME, META)}).items():
-        os.replace(source, target)
+        if source.exists() or not target.exists():
+            os.replace(source, target)
     sync(folder)
+
+
+def remove_shards(folder: Path, but: Collection[Path] = ()) -> None:
+    """Delete the shards of an old corpus in the folder itself, but for these files."""
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name) and path not in but:
+            path.unlink()
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -300,43 +351,52 @@ def _read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         meta = None
+    if isinstance(meta, dict) and "part" in meta:
+        raise ValueError(f"{str(folder)!r} is one part of a corpus: join the parts with --join, and name their folder")
+    version = meta.get("version") if isinstance(meta, dict) and meta.get("format") == FORMAT["format"] else None
+    if type(version) is int and version not in VERSIONS:
+        raise ValueError(f"{str(path)!r} has format version {version}, this code reads 1 and 2")
+    if is_sound(meta, smallest=1):
+        return meta  # type: ignore[return-value]
+    raise ValueError(f"{str(path)!r} is damaged, or not of this project: {how_to_prepare(folder)}")
+
+
+def is_sound(meta: object, smallest: int = 0) -> bool:
+    """Return whether this can be the content of a meta.json; smallest: tokens of a split."""
     match meta:
         case {
             "format": "plaingpt-corpus",
-            "version": int(version),
+            "version": 1 | 2,
             "dtype": "uint16" | "uint32" as dtype,
             "vocab_size": vocab_size,
             "splits": {"train": dict(train), "val": dict(val)},
         }:
-            if version not in VERSIONS:
-                raise ValueError(f"{str(path)!r} has format version {version}, this code reads 1 and 2")
-            stated = meta.pop("sha256", None)
-            intact = meta.keys() <= KEYS and stated in (None, checksum(meta))  # files of earlier versions have none
-            sound = _are_counts(train) and _are_counts(val)
-            if intact and sound and _is_size(vocab_size, 1 << 8 * np.dtype(dtype).itemsize):
-                return meta
-    raise ValueError(f"{str(path)!r} is damaged, or not of this project: {how_to_prepare(folder)}")
-
-
-def _is_size(value: object, largest: int = 1 << 63) -> bool:
-    """Return whether the value is an integer from 1 to `largest` (True is not, although Python counts it as 1)."""
-    return type(value) is int and 1 <= value <= largest
-
-
-def _are_counts(split: dict) -> bool:
-    """Return whether a split's entry of meta.json has counts, and one SHA-256 or shards that add up to its tokens."""
-    match split:
-        case {"tokens": tokens, "bytes": size, "sha256": str()} if "shards" not in split:
-            return _is_size(tokens) and _is_size(size)
-        case {"tokens": tokens, "bytes": size, "shards": [*shards]}:
-            return _is_size(tokens) and _is_size(size) and _are_shards(shards, tokens)
+            rest = {key: value for key, value in meta.items() if key != "sha256"}  # type: ignore[attr-defined]
+            intact = rest.keys() <= KEYS and meta.get("sha256") in (None, checksum(rest))  # early files have none
+            sizes = _is_size(vocab_size, 1, 1 << 8 * np.dtype(dtype).itemsize)
+            return intact and sizes and all(_are_counts(split, smallest) for split in (train, val))
     return False
 
 
-def _are_shards(shards: list, tokens: int) -> bool:
-    for shard in shards:
-        match shard:
-            case {"file": str(name), "tokens": count, "sha256": str()} if NAME.fullmatch(name) and _is_size(count):
-                continue
+def _is_size(value: object, smallest: int, largest: int = 1 << 63) -> bool:
+    """Return whether the value is an integer in this range (True is not, although Python counts it as 1)."""
+    return type(value) is int and smallest <= value <= largest
+
+
+def _are_counts(split: dict, smallest: int) -> bool:
+    """Return whether a split's entry of meta.json has counts, and one SHA-256 or shards that add up to its tokens."""
+    if not all(_is_size(split.get(key), smallest) for key in ("tokens", "bytes")):
         return False
-    return sum(shard["tokens"] for shard in shards) == tokens
+    if "shards" not in split:
+        return isinstance(split.get("sha256"), str)
+    shards = split["shards"]
+    return (
+        isinstance(shards, list) and all(map(_is_shard, shards)) and sum(s["tokens"] for s in shards) == split["tokens"]
+    )
+
+
+def _is_shard(shard: object) -> bool:
+    match shard:
+        case {"file": str(name), "tokens": tokens, "sha256": str()}:
+            return NAME.fullmatch(name) is not None and _is_size(tokens, 1)
+    return False

@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from common.files import checksum
 from common.textfile import (
     PACKED_SUFFIXES,
     byte_blocks,
@@ -280,21 +281,55 @@ def _checked(text: object, what: str, place: str) -> str:
 class Documents:
     """The documents of files, each with its split. Every iteration starts from the beginning."""
 
-    def __init__(self, paths: Iterable[str | Path], val_fraction: float, reading: Reading = DEFAULT_READING):
-        """Copy pipes, which can be read only once, to temporary files. Raises ValueError as `find_files` does."""
-        self.val_fraction, self.reading = val_fraction, reading
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        val_fraction: float,
+        reading: Reading = DEFAULT_READING,
+        part: tuple[int, int] = (1, 1),
+    ):
+        """Copy pipes, which can be read only once, to temporary files. Raises ValueError as `find_files` does.
+
+        part: (3, 64) gives the documents of the third of 64 runs of consecutive files, each in the split that it has
+        among all files. Raises ValueError if there are fewer files than parts, or if a pipe is to be divided.
+        """
+        self.val_fraction, self.reading, self.part = val_fraction, reading, part
         self._copies: list = []  # temporary files, which are deleted with this object
         files = find_files(paths, reading)
         self.files = [self._copied(file) if file.kind == "pipe" else file for file in files]
+        number, of = part
+        if of > 1 and self._copies:
+            raise ValueError(f"--part={number}/{of}: standard input and pipes cannot be divided: write them to files")
+        if of > len(files):
+            raise ValueError(
+                f"--part={number}/{of}: there are only {len(files)} input files, and a part needs one: choose fewer "
+                "parts, or cut a file of lines into more, as in split -n l/64 --additional-suffix=.jsonl FILE"
+            )
+        self._own = slice(len(files) * (number - 1) // of, len(files) * number // of)
 
     @property
     def total_bytes(self) -> int | None:
         """Bytes to read; None if a file is compressed, as its size then says little about its text."""
-        packed = any(file.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet") for file in self.files)
-        return None if packed else sum(file.path.stat().st_size for file in self.files)
+        packed = any(file.path.suffix.lower() in (*PACKED_SUFFIXES, ".parquet") for file in self.files[self._own])
+        return None if packed else sum(file.path.stat().st_size for file in self.files[self._own])
+
+    def identity(self) -> dict | None:
+        """Return all that the documents depend on, as JSON for `Unfinished`; None if they come through a pipe."""
+        if self._copies:
+            return None
+        stats = [(str(file.path.resolve()), file.path.stat()) for file in self.files]
+        return {"input files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]} | self.shared()
+
+    def shared(self) -> dict:
+        """Return what all parts of a corpus must agree on, on whatever machine and disk they find the files."""
+        return {
+            "names and sizes": checksum([[file.path.name, file.path.stat().st_size] for file in self.files]),
+            "--val_fraction": self.val_fraction,
+            "reading options": [self.reading.text_field, self.reading.separator, *self.reading.text_suffixes],
+        }
 
     def __iter__(self) -> Iterator[Document]:
-        for file, (size, val_size) in zip(self.files, self._sizes, strict=True):
+        for file, (size, val_size) in zip(self.files[self._own], self._sizes[self._own], strict=True):
             if not self._is_one_text(file):
                 for text in texts_of(file, self.reading):
                     yield split_of(text, self.val_fraction), text

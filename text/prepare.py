@@ -1,6 +1,7 @@
 """Shared parts of the data/*/prepare.py commands: options, learning a vocabulary, writing, reporting, downloading."""
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import itertools
@@ -14,12 +15,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpe
-from common.files import replacing
+from common.files import checksum, replacing
 from text.corpus import hold_for_writing, write_held_corpus
 from text.documents import Document, Documents, Reading, add_reading_options, hub_documents, parts_of
+from text.parts import is_done, join, part_folder, part_of
 from text.shards import SHARD_TOKENS, SPLITS
-from text.tokenise import pieces
-from text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_name
+from text.tokenise import PIECE, TASK, pieces
+from text.tokenizer import BPETokenizer, Tokenizer, load_tokenizer, tokenizer_from_name
+from text.unfinished import Unfinished
 
 # --- the command -------------------------------------------------------------------------------------------------
 
@@ -75,23 +78,59 @@ def learned_tokenizer(documents: Iterable[Document], vocab_size: int, workers: i
 
 
 def prepare(
-    documents: Callable[[], Iterable[Document]], args: argparse.Namespace, total_bytes: int | None = None
+    documents: Callable[[], Iterable[Document]],
+    args: argparse.Namespace,
+    total_bytes: int | None = None,
+    inputs: Documents | None = None,
 ) -> None:
     """Write the corpus that `args` (of `corpus_parser`) describes, and print a report.
 
     documents: called for each pass over the documents; a first pass collects characters or learns a vocabulary.
-    total_bytes: size of the text, if known, for the progress bar.
+    total_bytes: size of the text, if known, for the progress bar. inputs: what the documents come from, if they are
+    files, so that they may be a part, and an interrupted preparation goes on where it was.
     """
     check_val_fraction(args.val_fraction)
     chosen = args.tokenizer if args.vocab_size is None else args.vocab_size
     chosen = args.default_tokenizer if chosen is None else chosen
-    with hold_for_writing(args.output):  # lock it now: learning a vocabulary may take long
+    folder = part_folder(args.output, part_of(args.part)) if inputs and args.part is not None else Path(args.output)
+
+    def make_tokenizer() -> Tokenizer:
         if isinstance(chosen, int):
-            tokenizer = learned_tokenizer(documents(), chosen, args.workers)
+            return learned_tokenizer(documents(), chosen, args.workers)
+        return tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_for_writing(folder))  # lock it now: learning a vocabulary may take long
+        if inputs is None or inputs.identity() is None:
+            unfinished, part, tokenizer = None, None, make_tokenizer()
         else:
-            tokenizer = tokenizer_from_name(chosen, (part for _, text in documents() for part in parts_of(text)))
-        meta = write_held_corpus(args.output, documents(), tokenizer, args.workers, total_bytes, args.shard_tokens)
-    report(args.output, meta, tokenizer, args.val_fraction)
+            comes_from_text = chosen == "char" or isinstance(chosen, int)
+            if comes_from_text and args.part:
+                raise ValueError(
+                    f"--part={args.part}: each part would make another vocabulary of its own text: give all parts the "
+                    "same one, by --tokenizer with a saved tokenizer, a .bpe file or a tiktoken encoding's name"
+                )
+            tokenizer = None if comes_from_text else make_tokenizer()
+            preparation, part = _identity(args, inputs, checksum(tokenizer.content()) if tokenizer else chosen)
+            if part and is_done(folder, part):
+                print(f"{os.path.relpath(folder)}: this part is there already; nothing to do")
+                return
+            unfinished = stack.enter_context(Unfinished(folder, preparation))
+            tokenizer = tokenizer or unfinished.tokenizer(make_tokenizer)
+        how = (args.workers, total_bytes, args.shard_tokens, unfinished, part)
+        meta = write_held_corpus(folder, documents(), tokenizer, *how)
+    report(folder, meta, tokenizer, args.val_fraction)
+
+
+def _identity(args: argparse.Namespace, inputs: Documents, tokenizer: str | int) -> tuple[dict, dict | None]:
+    """Return what identifies this preparation, for `Unfinished`, and what meta.json says of it if it is a part."""
+    options = {
+        "tokenizer": tokenizer, "--shard_tokens": args.shard_tokens, "code": [PIECE, TASK],
+        "--max_documents": getattr(args, "max_documents", None),
+    }  # fmt: skip
+    preparation = options | (inputs.identity() or {}) | {"--part": args.part}
+    shared = options | inputs.shared() | {"parts": inputs.part[1]}
+    return preparation, {"part": checksum(shared), "preparation": checksum(preparation)} if args.part else None
 
 
 def check_val_fraction(val_fraction: float) -> None:
@@ -100,11 +139,28 @@ def check_val_fraction(val_fraction: float) -> None:
         raise ValueError(f"--val_fraction={val_fraction}: give a share between 0 and 1, such as 0.01")
 
 
+def add_part_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that spread a corpus over machines: see parts.py."""
+    text = "prepare part K of N of the input files, in a folder of its own in DIR; needs --tokenizer"
+    parser.add_argument("--part", metavar="K/N", help=text)
+    text = "make one corpus of the parts in DIR when all are done; their files stay where they are"
+    parser.add_argument("--join", action="store_true", help=text)
+
+
 def prepare_files(args: argparse.Namespace) -> None:
-    """Write the corpus of the files that --input names."""
+    """Write the corpus, or the part, of the files that --input names; with --join, join the parts."""
+    if args.join:
+        if args.input or args.part is not None:
+            raise ValueError("--join reads nothing but the parts in --output: leave out --input and --part")
+        meta = join(args.output)
+        report(args.output, meta, load_tokenizer(args.output), args.val_fraction)
+        return
+    if not args.input:
+        raise ValueError("--input is missing: name files or folders, or - for standard input")
     check_val_fraction(args.val_fraction)
-    documents = Documents(args.input, args.val_fraction, Reading.of(args))
-    prepare(lambda: documents, args, documents.total_bytes)
+    part = (1, 1) if args.part is None else part_of(args.part)
+    documents = Documents(args.input, args.val_fraction, Reading.of(args), part)
+    prepare(lambda: documents, args, documents.total_bytes, documents)
 
 
 def prepare_from_hub(description: str, output: Path, name: str, subset: str | None) -> None:
@@ -116,17 +172,23 @@ def prepare_from_hub(description: str, output: Path, name: str, subset: str | No
     parser.add_argument(
         "--max_documents", type=int, metavar="N", help="use only the first N documents (for a trial 10000); default all"
     )
+    add_part_options(parser)
     args = parser.parse_args()
-    check_val_fraction(args.val_fraction)
     if args.max_documents is not None and args.max_documents < 1:
         raise ValueError(f"--max_documents={args.max_documents}: give 1 or more, or leave it out for all")
+    if args.part is not None and (args.max_documents or not args.input):
+        raise ValueError(f"--part={args.part}: parts are parts of files: give --input, and no --max_documents")
+    if args.join or args.input and not args.max_documents:
+        prepare_files(args)
+        return
+    check_val_fraction(args.val_fraction)
     files = Documents(args.input, args.val_fraction, Reading.of(args)) if args.input else None
 
     def documents() -> Iterator[Document]:
         found = iter(files) if files else hub_documents(name, subset, args.val_fraction, args.text_field)
         return itertools.islice(found, args.max_documents)
 
-    prepare(documents, args)
+    prepare(documents, args, inputs=files)  # without files: what the Hub sends may change, so nothing goes on
 
 
 def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: float) -> None:
@@ -135,7 +197,7 @@ def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: f
     for split in SPLITS:
         tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
         print(f"  {split:5} {documents:>13,} documents {size:>16,} bytes of text {tokens:>16,} tokens")
-    for note in notes(meta, tokenizer, val_fraction):
+    for note in [] if "part" in meta else notes(meta, tokenizer, val_fraction):
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -31,7 +31,9 @@ def shard_name(split: str, number: int) -> str:
 
 def shards_of(split: str, counts: dict) -> list[dict]:
     """Return the shards in a split's entry of meta.json, each with file, tokens and sha256."""
-    return counts.get("shards") or [{"file": f"{split}.bin", "tokens": counts["tokens"], "sha256": counts["sha256"]}]
+    if "shards" in counts:
+        return counts["shards"]
+    return [{"file": f"{split}.bin", "tokens": counts["tokens"], "sha256": counts["sha256"]}]
 
 
 def how_to_prepare(folder: Path) -> str:
@@ -51,19 +53,25 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, counts: dict | None = None):
         """Go on where `counts`, a result of `counts()`, was the state of the files: cut off what came after it.
 
-        Raises ValueError if the last shard is not as it was then.
+        Raises ValueError if a shard is missing or too short, or if the last one is not as it was then.
         """
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         empty: dict = {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
         self._counts = empty if counts is None else counts | {"shards": [*counts["shards"]]}
         self._file, self._hash = None, hashlib.sha256()
-        if counts and counts["shards"] and counts["shards"][-1]["tokens"] < shard_tokens:
-            last = self._counts["shards"].pop()
-            self._file = open(self._path, "r+b", buffering=0)
-            self._file.truncate(last["tokens"] * dtype.itemsize)
-            self._hash = hashlib.file_digest(self._file, "sha256")  # type: ignore[assignment, arg-type]
-            if self._hash.hexdigest() != last["sha256"]:
-                raise ValueError(f"{str(self._path)!r} is damaged (its SHA-256 differs)")
+        for shard in self._counts["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size < shard["tokens"] * dtype.itemsize:
+                raise ValueError(f"{str(path)!r} is missing or too short to go on: delete {folder}, and begin again")
+        if self._counts["shards"] and self._counts["shards"][-1]["tokens"] < shard_tokens:
+            self._reopen(self._counts["shards"].pop())
+
+    def _reopen(self, shard: dict) -> None:
+        self._file = open(self._path, "r+b", buffering=0)
+        self._file.truncate(shard["tokens"] * self.dtype.itemsize)
+        self._hash = hashlib.file_digest(self._file, "sha256")  # type: ignore[assignment, arg-type]
+        if self._hash.hexdigest() != shard["sha256"]:
+            raise ValueError(f"{str(self._path)!r} is damaged (its SHA-256 differs): delete {self.folder}")
 
     def add(self, part: Encoded) -> bool:
         """Append the tokens; return whether a shard became full. Raises WriteError."""

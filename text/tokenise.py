@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -37,13 +38,13 @@ class Encoded(NamedTuple):
 
 
 def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int | None
+    documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int | None, skip: int = 0
 ) -> Iterator[dict[str, Encoded]]:
-    """Yield {split: Encoded} of each task, in order.
+    """Yield {split: Encoded} of each task, in order; the first `skip` tasks are read, but not encoded.
 
     Each document begins with the tokenizer's bos_id and ends with its eot_id, where it has them.
     """
-    return parallel_map(partial(encode, tokenizer, dtype), tasks(pieces(documents)), workers)
+    return parallel_map(partial(encode, tokenizer, dtype), islice(tasks(pieces(documents)), skip, None), workers)
 
 
 def pieces(documents: Iterable[Document]) -> Iterator[Piece]:

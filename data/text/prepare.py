@@ -9,7 +9,8 @@
 byte order mark says otherwise. Every document ends with the end-of-text token. Files may be larger than memory.
 
 Validation is the end of a large text file. Small text files, such as a folder of articles, and all other documents go
-whole to one split, by a hash of their text. Examples:
+whole to one split, by a hash of their text. If it is interrupted, the same command goes on where it stopped. --part
+and --join spread a corpus over machines (docs/scale.md). Examples:
 
   python data/text/prepare.py --input book1.txt book2.txt.gz --output data/books
   python data/text/prepare.py --input articles/ --output data/articles --vocab_size 4096
@@ -24,14 +25,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import run_command
 from text.documents import add_reading_options
-from text.prepare import corpus_parser, prepare_files
+from text.prepare import add_part_options, corpus_parser, prepare_files
 
 
 def main() -> None:
     parser = corpus_parser(__doc__, output=None, tokenizer="char", val_fraction=0.01)
     text = "files, folders or - (standard input), in this order"
-    parser.add_argument("--input", nargs="+", required=True, type=expanduser, metavar="FILE", help=text)
+    parser.add_argument("--input", nargs="+", type=expanduser, metavar="FILE", help=text)
     add_reading_options(parser)
+    add_part_options(parser)
     prepare_files(parser.parse_args())
 
 
