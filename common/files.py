@@ -163,6 +163,19 @@ def locked(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: str | Path) -> bool:
+    """Return whether a process holds the lock on the folder; see `locked`. A killed process leaves its file behind."""
+    if not (Path(folder) / ".lock.json").exists():
+        return False
+    lock = FileLock(Path(folder) / ".lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):  # OSError: a folder that we may only read
+        return True
+    lock.release()
+    return False
+
+
 def describe(holder: Path) -> str:
     """Describe the process that holds a lock, as its file `holder` does."""
     try:

@@ -1,6 +1,7 @@
 """What a run reports while it trains: log.jsonl, the terminal, and Weights & Biases if asked.
 
-On a terminal there is a moving bar; elsewhere, where a bar would be noise, a line now and then.
+On a terminal there is a moving bar; elsewhere, where a bar would be noise, a line now and then. `read_log` reads
+log.jsonl again, also while the run goes on writing it.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 NARROWEST = 10  # columns; lr and mfu are left out before {bar} becomes narrower
+TRAINING = ("train_loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second")  # in every training step's line
+EVALUATION = ("val_loss", "seconds")  # in every evaluation's line
 WANDB_REMEDY = "run wandb login, set WANDB_MODE=offline, or leave wandb_log out"
 
 
@@ -181,6 +184,50 @@ def rewind_log(out_dir: str | Path, step: int, evaluation_due: bool = False) -> 
             for line in lines:
                 if step_of(line) < step or step_of(line) == step and not (evaluation_due and '"val_loss"' in line):
                     file.write(line)
+
+
+def read_log(out_dir: str | Path) -> tuple[list[dict], list[dict], list[str]]:
+    """Return the training steps and the evaluations of log.jsonl, by step, and notes on what is wrong with it.
+
+    Lines that are neither are left out: one that is being written, one that a kill cut short, or damage. Where a line
+    goes back to an earlier step, it replaces what was logged from that step on, as in a log that was not rewound before
+    its run was resumed. A run without a log has no steps.
+    """
+    path = Path(out_dir) / "log.jsonl"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    training: dict[float, dict] = {}
+    evaluations: dict[float, dict] = {}
+    damaged, notes, latest = [], [], 0.0
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        event = event_of(line)
+        if event is None:
+            damaged.append(number)
+            continue
+        step = event["step"]
+        if step < latest:
+            notes.append(f"{path}, line {number}: it goes back from step {latest:.0f} to step {step:.0f}, and replaces "
+                         "what was logged from there on")  # fmt: skip
+            training, evaluations = ({s: e for s, e in kind.items() if s < step} for kind in (training, evaluations))
+        latest = step
+        (evaluations if "val_loss" in event else training)[step] = event
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        cut = "; the last one is cut short" if not text.endswith("\n") and text.count("\n") + 1 == damaged[-1] else ""
+        notes.append(f"{path}, line {shown}: no event of a run, left out{cut}")
+    return list(training.values()), list(evaluations.values()), notes
+
+
+def event_of(line: str) -> dict[str, float] | None:
+    """Return the numbers of a line of log.jsonl by name; None if it is neither a training step nor an evaluation."""
+    try:
+        event = json.loads(line)
+        counts = type(event["step"]) is int
+        numbers = {name: float(value) for name, value in event.items() if type(value) in (int, float)}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    evaluation = "val_loss" in numbers
+    whole = numbers.keys() >= set(EVALUATION if evaluation else TRAINING)
+    return numbers if counts and whole and numbers["step"] >= (0 if evaluation else 1) else None
 
 
 def step_of(line: str) -> float:
