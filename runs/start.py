@@ -15,9 +15,11 @@ import torch
 from common.config import build
 from common.files import locked
 from common.layers import shapes_only
+from common.picture import can_draw
 from formats.source import is_hub_name
 from model import GPT, GPTConfig
 from runs.checkpoint import FILES, Saver, load_optimizers, load_weights, read_state, take_snapshot, verify
+from runs.curves import draw_loss, read_curves
 from runs.importing import imported
 from runs.run import CONFIG, IMPORT, SCRATCH, Origin, Run, add_tables, model_to_fine_tune
 from seq2seq import model_of
@@ -305,6 +307,8 @@ class RunFolder:
     def __exit__(self, _kind: type | None, ending: BaseException | None, _traceback: object) -> None:
         try:
             self.saver.close()
+            if ending is None and self.active:
+                self._draw_loss()
         except ValueError as error:
             if ending is None:
                 raise
@@ -372,6 +376,15 @@ class RunFolder:
                 self.notes.append(f"the log of the steps that are lost is kept as {folder / 'log.before.jsonl'}")
             else:
                 path.unlink()
+
+    def _draw_loss(self) -> None:
+        """Draw loss.svg if matplotlib is there. The run is complete: whatever fails here is told, and ends nothing."""
+        if not can_draw():
+            return
+        try:
+            draw_loss(read_curves(self.run.folder, self.run.folder.resolve().name), self.run.folder / "loss.svg")
+        except Exception as error:  # such as a full disk, or a matplotlib that does not fit this Python
+            self.log.say(f"note: there is no new loss.svg: {error}")
 
     def save(self, model: GPT, optimizers: list, state: dict) -> None:
         """Save a checkpoint of step state["step"]; a thread writes it, see `wait`.

@@ -28,6 +28,7 @@ ROOMS = {
     "finetune": {"common", "model", "text", "training", "runs", "tasks", "train"},
     "convert": {"common", "model", "text", "training", "formats", "runs"},
     "sample": {"common", "model", "text", "training", "decoding", "runs"},
+    "plot": {"common", "training", "runs"},
     "data": {"common", "bpe", "text.base", "text", "data"},
 }
 BELOW_BPE = ("chunks", "merges", "documents", "cut", "pool")
