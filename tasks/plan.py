@@ -34,10 +34,12 @@ from training.plan import (
     largest_batch,
     need,
     parse_memory,
+    sharded_peaks,
 )  # fmt: skip
 
 MFU = 0.4  # the share of a device's peak that the times assume; training prints the real one as mfu
 NODE = 8  # GPUs of a usual machine
+SHARDS = (2, NODE, 8 * NODE)  # numbers of processes for which the memory of fsdp is told
 
 
 @dataclass
@@ -164,6 +166,7 @@ def report(job: Job, length: Length, options: PlanOptions) -> str:
         f"checkpoint       {gib(memory.saved)}; a run keeps up to 3",
         "",
         *memory_lines(job, memory),
+        *sharded_lines(job, memory),
         "",
         *time_lines(job, flops, batches[: len(GPU_MEMORY)]),
     ]
@@ -206,6 +209,13 @@ def memory_lines(job: Job, memory: Memory) -> list[str]:
     return [f"memory of one process in {precision}, not compiled; not all parts are there at once:"] + [
         f"  {name:<15}{gib(size):>12}  {note}".rstrip() for name, size, note in parts
     ]
+
+
+def sharded_lines(job: Job, memory: Memory) -> list[str]:
+    """The peak of each of several processes that share the weights out among them, if that is less."""
+    counts = zip(SHARDS, sharded_peaks(job, memory, SHARDS), strict=True)
+    told = ", ".join(f"{gib(size)} on {n}" for n, size in counts if size < memory.peak)
+    return [f"  with --parallel=fsdp, at most {told} processes"] if told else []
 
 
 def time_lines(job: Job, flops: float, batches: list[int]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,16 @@ from tests.test_runs import call, pretrain, talk, tune  # noqa: F401
 from training import plan
 from training.device import PEAK_FLOPS
 from training.lora import TARGETS, LoraConfig
-from training.plan import at_most, count_memory, count_passes, count_weights, largest_batch, need, parse_memory
+from training.plan import (
+    at_most,
+    count_memory,
+    count_passes,
+    count_weights,
+    largest_batch,
+    need,
+    parse_memory,
+    sharded_peaks,
+)
 
 ROOT = Path(__file__).parent.parent
 LORA = LoraConfig(4, 16.0, TARGETS, (0, 1))
@@ -79,6 +89,27 @@ def test_weights_gradients_and_state_are_four_bytes_a_number(optimizer, numbers)
     state = 4 * numbers * model.num_params() + (embeddings if optimizer == "muon" else 0)
     assert state <= memory.optimizer <= state + 2 * small
     assert memory.saved == memory.gradients + memory.optimizer
+
+
+def test_sharded_processes_need_their_part_of_the_weights_and_two_blocks_more():
+    asked = job(n_layer=12, n_embd=256, vocab_size=512)
+    whole = count_memory(asked)
+    held, blocks = whole.weights + whole.gradients + whole.optimizer, 12
+    two, many = sharded_peaks(asked, whole, [2, 1000])
+    assert two - many == pytest.approx(held * (1 / 2 - 1 / 1000))
+    gathered = 2 * 4 * (512 * 256 + 2 * (whole.weights / 4 - 512 * 256) / blocks)  # with their gradients
+    assert gathered < many - held / 1000 < 1.3 * gathered + whole.activations + whole.logits
+    assert many < whole.peak / 3
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_checkpointed_blocks_keep_little_but_their_input(gpu):
+    asked = job(gpu=gpu, n_layer=4, batch_size=8, dropout=0.1)
+    less = replace(asked, config=replace(asked.config, activation_checkpointing=True))
+    usual, checkpointed = count_memory(asked), count_memory(less)
+    stream = 4 * 8 * 32 * 32  # bytes of the residual stream
+    assert 4 * stream <= checkpointed.activations < 9 * stream < usual.activations / 3
+    assert checkpointed.peak < usual.peak and checkpointed.weights == usual.weights
 
 
 def test_activations_are_what_autograd_saves_and_the_residual_stream():

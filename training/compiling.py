@@ -79,16 +79,25 @@ def compiled(network: Callable, fixed_shapes: bool) -> Callable:
     return torch.compile(network, dynamic=False if fixed_shapes else None)
 
 
-def prepare(model: GPT, config: TrainConfig, fixed_shapes: bool) -> Callable:
-    """What to call as the model: compiled if config.compile is True, with its activations checkpointed if config says.
+def checkpoint_activations(model: GPT, keep_random_state: bool) -> None:
+    """Have each block keep only its input, and be computed once more in the backward pass [Chen et al. 2016].
 
-    A sharded model is compiled block by block, for its weights are gathered between the blocks. Checkpointing keeps a
-    block's input and the state of the random generators, and repeats the block in the backward pass [Chen et al. 2016].
+    keep_random_state: whether the second time is to draw the same dropout as the first.
+    """
+    for block in model.blocks:
+        again = {"use_reentrant": False, "preserve_rng_state": keep_random_state}
+        block.forward = partial(checkpoint, block.forward, **again)
+
+
+def prepare(model: GPT, config: TrainConfig, fixed_shapes: bool) -> Callable:
+    """What to call as the model: compiled if config.compile is True, with activations checkpointed if config says so.
+
+    A sharded model is compiled block by block, because its weights are gathered between the blocks.
     """
     by_block = config.compile is True and is_sharded(model)
-    for block in model.blocks:
-        if by_block:
+    if by_block:
+        for block in model.blocks:
             block.forward = compiled(block.forward, fixed_shapes)
-        if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if config.activation_checkpointing:
+        checkpoint_activations(model, model.config.dropout > 0)
     return compiled(model, fixed_shapes) if config.compile is True and not by_block else model

@@ -11,7 +11,7 @@ import os
 import re
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from common.layers import shapes_only
 from model import GPT, GPTConfig
 from seq2seq import model_of
+from training.compiling import checkpoint_activations
 from training.config import TrainConfig
 from training.device import Process, autocast
 from training.lora import LoraConfig, add_lora
 from training.optim import make_optimizers
+from training.shard import shards
 
 ABSURD = 1 << 24  # no width of a real model reaches this
 DEPTHS = (1, 2)  # blocks are alike: from models of so many of them follows what deeper ones take
@@ -103,7 +104,8 @@ class Job:
     """What a process trains: a model, with LoRA's corrections if it has some, on micro-batches of whole rows.
 
     dtype: the precision of autocast; weights, gradients and the optimizer's state are float32. gpu: whether attention
-    runs in CUDA's kernels, which keep no (T, T) matrix for dropout.
+    runs in CUDA's kernels, which keep no (T, T) matrix for dropout. shards: the number of processes that the weights
+    are sharded over, 1 if each has all of them; the parts that `count_memory` counts are those of one that has all.
     """
 
     model: GPTConfig
@@ -111,11 +113,13 @@ class Job:
     dtype: str
     gpu: bool
     lora: LoraConfig | None = None
+    shards: int = 1
 
     @classmethod
     def on(cls, process: Process, model: GPTConfig, config: TrainConfig, lora: LoraConfig | None = None) -> "Job":
         """What this process is to do."""
-        return cls(model, config, process.dtype, process.device.type == "cuda", lora)
+        count = process.world_size if shards(config, process) else 1
+        return cls(model, config, process.dtype, process.device.type == "cuda", lora, count)
 
     def with_batch(self, batch_size: int) -> "Job":
         """The same job with another number of rows in a micro-batch."""
@@ -133,6 +137,8 @@ class Job:
         if self.gpu and config.attention == "flash":
             for block in model.blocks:
                 block.attention.config = replace(config, dropout=0.0)
+        if self.config.activation_checkpointing:
+            checkpoint_activations(model, keep_random_state=False)
         return model
 
 
@@ -233,15 +239,18 @@ def count_held(job: Job) -> Held:
     return Held(*by_depth(measure, job.model.n_layer))
 
 
-def count_passes(job: Job, n_layer: int) -> tuple[float, float, float]:
+def count_passes(job: Job, n_layer: int, keeps_gradients: bool = True) -> tuple[float, float, float]:
     """Run forward and backward pass on fake tensors: returns bytes of activations, of logits, and the most in all.
 
     The weights are included, and the gradients of earlier micro-steps if there are any; the optimizer's state is not.
+    keeps_gradients: False drops each weight's gradient as soon as it is there.
     """
     with FakeTensorMode(), kernels_of(job), Live() as live:
         model = job.build(n_layer)
         for p in model.parameters():
-            if p.requires_grad and job.config.gradient_accumulation_steps > 1:
+            if p.requires_grad and not keeps_gradients:
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            elif p.requires_grad and job.config.gradient_accumulation_steps > 1:
                 p.grad = torch.empty_like(p)
         base, marks = live.now, watch_head(model, live)
         idx = torch.zeros(job.config.batch_size, job.model.block_size, dtype=torch.long)
@@ -253,14 +262,12 @@ def count_passes(job: Job, n_layer: int) -> tuple[float, float, float]:
         return marks["kept"] - base, marks["head"] - marks["kept"], max(live.peak, marks["before"], marks["head"])
 
 
-class FusedNorms(TorchFunctionMode):
+def fused_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """Counts RMSNorm as LayerNorm, which keeps its input and two numbers a row, as RMSNorm's kernel on a GPU does.
 
     A CPU composes RMSNorm of several operations, and keeps what is between them.
     """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (F.layer_norm if func is F.rms_norm else func)(*args, **(kwargs or {}))
+    return F.layer_norm(x, shape, weight, None, eps)
 
 
 @contextmanager
@@ -269,13 +276,12 @@ def kernels_of(job: Job) -> Iterator[None]:
     if not job.gpu:
         yield
         return
-    usual = fused.LOGITS_AT_ONCE["cpu"]
-    fused.LOGITS_AT_ONCE["cpu"] = fused.LOGITS_AT_ONCE["cuda"]
+    usual = fused.LOGITS_AT_ONCE["cpu"], F.rms_norm
+    fused.LOGITS_AT_ONCE["cpu"], F.rms_norm = fused.LOGITS_AT_ONCE["cuda"], fused_norm
     try:
-        with FusedNorms():
-            yield
+        yield
     finally:
-        fused.LOGITS_AT_ONCE["cpu"] = usual
+        fused.LOGITS_AT_ONCE["cpu"], F.rms_norm = usual
 
 
 def watch_head(model: GPT, live: Live) -> dict[str, int]:
@@ -312,6 +318,23 @@ def need(memory: Memory, gpu: bool) -> float:
     return memory.peak / (1 - MARGIN) if gpu else memory.peak * HEAP + memory.saved
 
 
+def sharded_peaks(job: Job, memory: Memory, counts: Sequence[int]) -> list[float]:
+    """For each number of processes that the weights are sharded over (fsdp), the most bytes that one of them needs.
+
+    Of weights, gradients and optimizer state it has its part. Whole it has those weights outside the blocks, and two
+    blocks': the one that computes and the next; and as many gradients. Activations and logits are as without sharding.
+    Muon's step, whose matrices come a few at a time, takes less.
+    """
+    with FakeTensorMode():
+        model = job.build(1)
+        block = sum(map(size_of, model.blocks[0].parameters()))
+        gathered = sum(map(size_of, model.parameters())) + block
+        gradients = gathered if not job.lora else 0
+    held = memory.weights + memory.gradients + memory.optimizer
+    *_, passes = by_depth(lambda n: count_passes(job, n, keeps_gradients=False), job.model.n_layer)
+    return [held / n + gathered + gradients + passes - memory.weights for n in counts]
+
+
 def largest_batch(job: Job, rooms: list[float]) -> list[int]:
     """For each number of bytes, the largest batch_size that fits; 0 if none does.
 
@@ -341,21 +364,27 @@ def largest_batch(job: Job, rooms: list[float]) -> list[int]:
 def check_memory(job: Job, device: torch.device, purpose: str) -> list[str]:
     """Refuse what cannot fit into the device's memory, and return a warning for what probably does not.
 
-    Raises ValueError if the weights, their gradients and the optimizer's state alone are more than the device has.
+    Raises ValueError if the weights, their gradients and the optimizer's state alone are more than the device has (of
+    sharded ones, a process's part).
     """
     room, weights = available_memory(device), count_weights(job.model)
     copies = 1 if job.lora else 3 if job.config.optimizer == "muon" else 4
-    if 4 * copies * weights > room:
+    least = 4 * copies * weights / job.shards
+    if least > room:
         counted = f"{weights:,}" if weights < math.inf else "an absurd number of"
         raise ValueError(
-            f"this model has {counted} weights: {purpose} takes at least {4 * copies * weights / 2**30:,.0f} GiB, and "
+            f"this model has {counted} weights: {purpose} takes at least {least / 2**30:,.0f} GiB, and "
             f"{device.type} has {room / 2**30:,.0f} GiB: {SMALLER}"
         )
-    if at_most(job, weights) < room or need(memory := count_memory(job), job.gpu) < room:
+    if at_most(job, weights) < room:
+        return []
+    memory = count_memory(job)
+    needed = need(memory, job.gpu) if job.shards == 1 else sharded_peaks(job, memory, [job.shards])[0] / (1 - MARGIN)
+    if needed < room:
         return []
     return [
         f"warning: a step of {purpose} with batch_size={job.config.batch_size} needs about "
-        f"{gib(need(memory, job.gpu))}, and {device.type} has {gib(room)}: it will probably run out of memory; "
+        f"{gib(needed)}, and {device.type} has {gib(room)}: it will probably run out of memory; "
         "see --plan --memory, lower batch_size and raise gradient_accumulation_steps"
     ]
 
