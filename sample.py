@@ -5,9 +5,11 @@
     python sample.py --out_dir=out/sft_pydocs --prompts=questions.jsonl --json > answers.jsonl
     python sample.py --out_dir=out/sft_pydocs --chat
     python sample.py --score=book.txt
+    python sample.py --explain --num_beams=3 --max_new_tokens=8 --prompt="os.path"
 
-decoding/stream.py and decoding/beam.py choose tokens, decoding/prompt.py turns prompts into tokens, decoding/text.py
-turns tokens into text, and decoding/chat.py holds the conversation.
+decoding/stream.py and decoding/beam.py choose tokens, decoding/explain.py shows how they did it,
+decoding/prompt.py turns prompts into tokens, decoding/text.py turns tokens into text, and decoding/chat.py holds the
+conversation.
 """
 
 from common import cli  # first: it makes Ctrl-C one line even while the modules below are imported
@@ -17,6 +19,7 @@ from common import cli  # first: it makes Ctrl-C one line even while the modules
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,8 +27,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from common.config import UserPath, above, at_least, build, check_ranges, help_text, read_arguments
-from decoding.beam import Hypothesis, beam_search
+from decoding.beam import Candidate, Hypothesis, beam_search
 from decoding.chat import chat
+from decoding.explain import MOST_BEAMS, step_line, steps_heading, tree
 from decoding.fast import check_int8, speed_up
 from decoding.prompt import (
     Prompt,
@@ -38,7 +42,7 @@ from decoding.prompt import (
     typed_text,
 )
 from decoding.score import log_likelihood
-from decoding.stream import Token, generate, prompt_tokens, stream
+from decoding.stream import Step, Token, generate, prompt_tokens, stream
 from decoding.text import Text, note, read_stops, show, text_of
 from runs.run import Run
 from text.tokenizer import start_id
@@ -58,7 +62,7 @@ MOST = 4096  # most texts or beams at once
 # The ways to use a model, and the options that each of them reads. Any other option is an error.
 CHAT, SCORE, BEAMS, DRAW = "--chat", "--score", "--num_beams above 1", "--num_beams=1, which draws tokens one by one"
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-TEXTS = ("prompt", "prompts", "batch_size", "system", "max_new_tokens", "num_samples", "json")
+TEXTS = ("prompt", "prompts", "batch_size", "system", "max_new_tokens", "num_samples", "json", "explain")
 ALWAYS = ("out_dir", "checkpoint", "quantize", "device", "dtype")
 READS = {
     CHAT: ("chat", "system", "max_new_tokens", "stop", *DRAWING, *ALWAYS),
@@ -66,7 +70,18 @@ READS = {
     BEAMS: ("num_beams", "length_penalty", *TEXTS, *ALWAYS),
     DRAW: ("num_beams", "stop", *DRAWING, *TEXTS, *ALWAYS),
 }
-SWITCHES = ("chat", "score", "json", "prompt", "prompts", "system", "stop", "num_samples", "num_beams")  # default: off
+SWITCHES = (
+    "chat",
+    "score",
+    "json",
+    "explain",
+    "prompt",
+    "prompts",
+    "system",
+    "stop",
+    "num_samples",
+    "num_beams",
+)  # default: off
 
 
 @dataclass
@@ -90,6 +105,7 @@ class SampleConfig:
     seed: int = 1337  # the same seed gives the same text; text i (from 0) uses seed + i
     chat: bool = False  # talk with the model in the terminal
     json: bool = False  # print one JSON object per text: tokens, log-probabilities, reason for ending
+    explain: bool = False  # for teaching: show each step's likeliest tokens, or the tree of the beams, before a text
     score: UserPath = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
     quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: faster, slightly less exact
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
@@ -102,6 +118,8 @@ class SampleConfig:
             top_p=above(0).at_most(1), min_p=at_least(0).at_most(1), repetition_penalty=at_least(0.01).at_most(100),
             length_penalty=at_least(-10).at_most(10), num_samples=few, num_beams=few, batch_size=few,
         )  # fmt: skip
+        if self.explain and self.num_beams > MOST_BEAMS:
+            raise ValueError(f"--explain draws the tree of at most {MOST_BEAMS} beams, not {self.num_beams}")
         if 1 < self.num_beams < self.num_samples:
             raise ValueError(f"num_samples={self.num_samples} texts cannot come from num_beams={self.num_beams}")
         self.stops()
@@ -122,6 +140,8 @@ class SampleConfig:
             raise ValueError("--batch_size has no effect without --prompts: leave it out")
         if self.prompts and self.prompt:
             raise ValueError("--prompt and --prompts were both given: leave one of them out")
+        if self.explain and self.json:
+            raise ValueError("--json has no effect with --explain, which is for people: leave one of them out")
         greedy = way in (DRAW, CHAT) and self.temperature == 0
         if greedy and self.num_samples > 1:
             raise ValueError(f"temperature=0 always takes the most likely token, so num_samples={self.num_samples} "
@@ -239,58 +259,73 @@ def write_samples(model: TextModel, config: SampleConfig, prompts: list[Prompt])
     """Sample num_samples texts for each prompt, and print them batch by batch, in order."""
     rows = [(prompt, n) for prompt in prompts for n in range(config.num_samples)]
     done, live = 0, not (config.prompts or config.json)  # live: show the first text while it is generated
+    if config.explain:
+        show(steps_heading(config.drawing()))
     for batch in batches(rows, config.batch_size if config.prompts else len(rows)):
         drawn = draw(model, config, [prompt for prompt, _ in batch], config.seed + done, live)
-        for (prompt, n), (text, finish, tokens) in zip(batch, drawn, strict=True):
+        for (prompt, n), (text, finish, tokens, steps) in zip(batch, drawn, strict=True):
             if config.json:
                 print_json(prompt, text, finish, [t.id for t in tokens], [t.logprob for t in tokens])
             elif not live or n > 0:
                 show(header(config, prompt, n + 1) if config.prompts else "-" * 20)
-                show(prompt.shown + text)
+                show("\n".join([*steps, prompt.shown + text]))
         done += len(batch)
 
 
 def draw(
     model: TextModel, config: SampleConfig, prompts: list[Prompt], seed: int, live: bool
-) -> list[tuple[str, str, list[Token]]]:
-    """Sample one text per prompt: (text, reason for ending, tokens). live: print the first while it is generated."""
+) -> list[tuple[str, str, list[Token], list[str]]]:
+    """Sample one text per prompt: (text, reason for ending, tokens, with --explain a line for each step).
+
+    live: print the first while it is generated, with --explain its steps and then the text.
+    """
     texts = [Text(model.tokenizer, config.stops(), prompt.begins) for prompt in prompts]
     rows: list[list[Token]] = [[] for _ in texts]
+    steps: list[list[str]] = [[] for _ in texts]
+    record: deque[Step] | None = deque(maxlen=1) if config.explain else None
 
     def ends(i: int, token: int) -> bool:
         new = texts[i].add(token)
-        if i == 0 and live:
+        if i == 0 and live and not config.explain:
             show(new, end="")
         return texts[i].stopped
 
-    if live:
+    if live and not config.explain:
         show(prompts[0].shown, end="")
     columns = stream(
         model.gpt, [prompt.tokens for prompt in prompts], config.max_new_tokens, **config.drawing() | {"seed": seed},
-        eos_id=model.eos_id, vocab_size=model.tokenizer.vocab_size, ends=ends,
+        eos_id=model.eos_id, vocab_size=model.tokenizer.vocab_size, ends=ends, record=record,
     )  # fmt: skip
     for column in columns:
-        for row, token in zip(rows, column, strict=True):
-            row += [token] if token is not None else []
+        for i, token in enumerate(column):
+            rows[i] += [token] if token is not None else []
+            if record and token is not None:
+                steps[i].append(step_line(model.tokenizer, record[0], i, len(rows[i]), token.id, config.drawing()))
+                if i == 0 and live:
+                    show(steps[0][-1])
     drawn = []
     for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
         rest = text.end()
         if i == 0 and live:
-            show(rest)
+            show(prompts[0].shown + text.text if config.explain else rest)
         finish = "stop" if text.stopped else "eos" if row[-1].id == model.eos_id else "length"
-        drawn.append((text.text, finish, row))
+        drawn.append((text.text, finish, row, steps[i]))
     return drawn
 
 
 def write_beams(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -> None:
     """Search with num_beams, and print the num_samples best texts for each prompt with their scores."""
     for batch in batches(prompts, max(1, config.batch_size // config.num_beams)):
+        record: list[list[Candidate]] = [[] for _ in batch] if config.explain else []
         found = beam_search(
             model.gpt, [prompt.tokens for prompt in batch], config.max_new_tokens, num_beams=config.num_beams,
             eos_id=model.eos_id, length_penalty=config.length_penalty, num_return=config.num_samples,
-            vocab_size=model.tokenizer.vocab_size,
+            vocab_size=model.tokenizer.vocab_size, record=record,
         )  # fmt: skip
-        for prompt, beams in zip(batch, found, strict=True):
+        for i, (prompt, beams) in enumerate(zip(batch, found, strict=True)):
+            if config.explain:
+                where = [f"--- {prompt.question.place}: the search"] if config.prompts else []
+                show("\n".join([*where, *tree(model.tokenizer, record[i], config.num_beams)]))
             for rank, beam in enumerate(beams, start=1):
                 write_beam(model, config, prompt, rank, beam)
 

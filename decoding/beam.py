@@ -9,7 +9,9 @@ could still win.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,17 @@ class Hypothesis:
     logprobs: list[float]
 
 
+class Candidate(NamedTuple):
+    """What a search did with one of a step's 2W best continuations, for decoding/explain.py."""
+
+    step: int  # from 1
+    parent: int  # which of the open beams it continues: 0 for the likeliest, the first that the step before kept
+    token: int
+    logprob: float  # of the text up to here
+    score: float
+    fate: Literal["kept", "finished", "dropped"]
+
+
 class Search:
     """One prompt's search: up to W open beams, the likeliest first, and the W best finished hypotheses."""
 
@@ -43,6 +56,7 @@ class Search:
         self.open = [Hypothesis([], 0.0, 0.0, [])]
         self.finished: list[Hypothesis] = []
         self.done = False
+        self.record: list[Candidate] | None = None  # where candidates are appended, if anybody wants to see them
 
     def step(self, candidates: list[tuple[float, int, int]]) -> list[int]:
         """Extend the beams by the 2W best candidates (log-probability, parent beam, token), the best one first.
@@ -59,11 +73,16 @@ class Search:
             tokens, logprobs = [*past.tokens, token], [*past.logprobs, logprob - past.logprob]
             beam = Hypothesis(tokens, logprob / len(tokens) ** self.alpha, logprob, logprobs)
             ends = token == self.eos_id or len(tokens) == self.longest
+            fate = "dropped"
             if ends and rank < self.W:
                 self.finished.append(beam)
+                fate = "finished"
             elif not ends and len(beams) < self.W:
                 beams.append(beam)
                 parents.append(parent)
+                fate = "kept"
+            if self.record is not None:
+                self.record.append(Candidate(len(tokens), parent, token, logprob, beam.score, fate))
         self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.W]
         self.open = beams or self.open
         self.done = not beams or self.decided()
@@ -83,26 +102,34 @@ class Search:
         return self.W == 1 or self.open[0].logprob / length**self.alpha <= self.finished[-1].score
 
 
+def check_beams(num_beams: int, num_return: int) -> None:
+    """Raise ValueError unless a search of num_beams can be asked for num_return hypotheses."""
+    if num_beams < 1:
+        raise ValueError(f"num_beams must be at least 1, not {num_beams}")
+    if not 1 <= num_return <= num_beams:
+        raise ValueError(f"num_return must be from 1 to num_beams={num_beams}, not {num_return}")
+
+
 @torch.inference_mode()
 def beam_search(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, *, num_beams: int = 4, length_penalty: float = 1.0,
     eos_id: int | None = None, num_return: int = 1, vocab_size: int | None = None,
+    record: Sequence[list[Candidate]] = (),
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Find the num_return best continuations of each prompt, or all there are, of at most max_new_tokens; best first.
 
     prompts: token lists (an encoder–decoder's: see `split_sources`). vocab_size: the tokenizer's, where the model's is
     rounded up. Hypotheses are compared by log-probability / length^length_penalty [after Wu et al. 2016, section 7]: 0
-    favours short texts, 1 compares the means per token. num_beams=1 is greedy search. Raises ValueError.
+    favours short texts, 1 compares the means per token. num_beams=1 is greedy search. record: a list per prompt, or
+    none at all, to which its search appends all its candidates. Raises ValueError for num_return above num_beams.
     """
     check_prompts(prompts, model.config.vocab_size)
-    if num_beams < 1:
-        raise ValueError(f"num_beams must be at least 1, not {num_beams}")
-    if not 1 <= num_return <= num_beams:
-        raise ValueError(f"num_return must be from 1 to num_beams={num_beams}, not {num_return}")
-    W, block_size = num_beams, model.config.block_size
+    check_beams(num_beams, num_return)
+    W, block_size, starts = num_beams, model.config.block_size, []
     pairs = zip(*split_sources(model, prompts), strict=True)
-    searches = [Search(*pair, W, length_penalty, eos_id, max_new_tokens) for pair in pairs]
-    live, starts = searches, []
+    live = searches = [Search(*pair, W, length_penalty, eos_id, max_new_tokens) for pair in pairs]
+    for search, own in zip(searches, record, strict=bool(record)):
+        search.record = own
 
     def room() -> int:
         """Cache slots that the beams need from here until the context is read again."""

@@ -7,6 +7,7 @@ read again (`context_start`). Beam search is in `beam.py`.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,13 @@ class Token(NamedTuple):
     logprob: float
 
 
+class Step(NamedTuple):
+    """What the tokens of a step were chosen by, for decoding/explain.py."""
+
+    logits: Tensor  # (B, V), the model's
+    scores: Tensor  # (B, V), the logits after the repetition penalty
+
+
 def context_start(n: int, block_size: int) -> int:
     """Index of the first of n tokens that the model still sees.
 
@@ -41,23 +49,28 @@ def context_start(n: int, block_size: int) -> int:
     return -(-max(0, n - block_size) // half) * half
 
 
+def tokens_of(rows: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """Which tokens occur in each row: booleans (B, V)."""
+    seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        seen[i, row] = True
+    return seen
+
+
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens `seen` (B, V) less likely: l/θ where l > 0, else l·θ [Keskar et al. 2019, section 4.1]."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def choose(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
-    """Choose one token per row, (B,), by logits (B, V) and one number in [0, 1) per row, uniform (B,).
+def weigh(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """The weights (B, n) by which tokens are drawn, and the tokens (B, n) that they belong to: None for 0, 1 … V-1.
 
-    Drawn by inverting the cumulative distribution of softmax(logits / temperature), after keeping the top_k most likely
-    tokens; of these, the fewest whose renormalised probabilities reach top_p [Holtzman et al. 2020, section 3.1]; and
-    of these, the ones at least min_p times as likely as the likeliest [Nguyen et al. 2024, section 3]. Temperature 0
-    chooses the most likely token.
+    softmax(logits / temperature) for logits (B, V), after keeping the top_k most likely tokens; of these, the fewest
+    whose renormalised probabilities reach top_p [Holtzman et al. 2020, section 3.1]; and of these, the ones at least
+    min_p times as likely as the likeliest [Nguyen et al. 2024, section 3]. Other tokens weigh 0. temperature: above 0.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0, however low it is
     order = None
@@ -69,9 +82,23 @@ def choose(
     keep = probs >= min_p * probs.amax(-1, keepdim=True)
     if top_p < 1:
         keep &= probs.cumsum(-1) - probs < top_p  # the sum of the likelier tokens' probabilities
-    cumulative = probs.masked_fill(~keep, 0).cumsum(-1)
+    return probs.masked_fill(~keep, 0), order
+
+
+def choose(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Choose one token per row, (B,), by logits (B, V) and one number in [0, 1) per row, uniform (B,).
+
+    Drawn by inverting the cumulative distribution of the weights of `weigh`. Temperature 0 chooses the most likely
+    token.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights, order = weigh(logits, temperature, top_k, top_p, min_p)
+    cumulative = weights.cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    drawn = drawn.clamp(max=probs.size(-1) - 1)
+    drawn = drawn.clamp(max=weights.size(-1) - 1)
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
 
 
@@ -156,25 +183,22 @@ def check_finite(number: float) -> None:
 def stream(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, eos_id: int | None = None, seed: int = 0,
-    vocab_size: int | None = None, ends: Callable[[int, int], bool] | None = None,
+    vocab_size: int | None = None, ends: Callable[[int, int], bool] | None = None, record: deque[Step] | None = None,
 ) -> Iterator[list[Token | None]]:  # fmt: skip
     """Yield each row's next token, step after step; None for a row that has ended.
 
     prompts: token lists (an encoder–decoder's: see `split_sources`). Row i draws its random numbers from seed + i.
-    temperature, top_k, top_p, min_p: see `choose`. repetition_penalty: see `penalize`; the prompt's tokens count too.
+    temperature, top_k, top_p, min_p: see `weigh`. repetition_penalty: see `penalize`; the prompt's tokens count too.
     A row ends with eos_id, or with a token for which ends(row, token), called once for each new token, is true.
     vocab_size: the tokenizer's, where the model's is rounded up; ids from there on are never drawn.
+    record: where each step is appended before its tokens are yielded; its numbers are there until the next step.
     """
     check_prompts(prompts, model.config.vocab_size)
     (sources, rows), B = split_sources(model, prompts), len(prompts)
     device, block_size = model.tok_emb.weight.device, model.config.block_size
     drawing = torch.device("cpu") if device.type == "mps" else device  # Apple's mps has no float64
     draws = [np.random.default_rng(seed + i) for i in range(B)]
-    seen = None
-    if repetition_penalty != 1:
-        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-        for i, row in enumerate(rows):
-            seen[i, row] = True
+    seen = None if repetition_penalty == 1 else tokens_of(rows, model.config.vocab_size, device)
     alive, starts, step_model = [True] * B, None, None
     for step in range(max_new_tokens if rows else 0):
         if step % DRAWN == 0:
@@ -190,6 +214,8 @@ def stream(
             logits = step_model(torch.tensor([row[-1:] for row in rows], device=device))[:, -1]
         logits = logits[:, :vocab_size]
         scores = logits if seen is None else penalize(logits, seen[:, :vocab_size], repetition_penalty)
+        if record is not None:
+            record.append(Step(logits, scores))
         tokens = choose(scores.to(drawing), uniforms[:, step % DRAWN], temperature, top_k, top_p, min_p).to(device)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)

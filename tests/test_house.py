@@ -20,7 +20,7 @@ ROOMS = {
     "bpe": {"common", "text.base"},
     "text": {"common", "text.base", "bpe", "text"},
     "training": {"common", "fused", "model", "seq2seq", "training"},
-    "decoding": {"common", "model", "seq2seq", "text", "decoding"},
+    "decoding": {"common", "model", "seq2seq", "bpe", "text", "decoding"},
     "formats": {"common", "model", "text.base", "bpe", "text", "formats"},
     "runs": {"common", "model", "seq2seq", "positions", "text", "training", "formats", "runs"},
     "tasks": {"common", "model", "seq2seq", "text", "training", "decoding", "runs", "tasks"},
