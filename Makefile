@@ -1,10 +1,11 @@
 # make demo: install, prepare the embedded corpus, train, sample, fine-tune, ask. make test: install, lint, test.
+# make lessons: run the course and redraw its pictures.
 # make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
 # make chaos: kill training, damage its files, fill its disk, and count what is lost, in half an hour.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test chaos gpu lint format clean
+.PHONY: demo install test lessons chaos gpu lint format clean
 
 demo: .venv/installed
 	@echo "1. A corpus: Python's own documentation, and a vocabulary of 1,024 tokens learned from it"
@@ -27,6 +28,11 @@ test: lint
 
 chaos: .venv/installed
 	$(BIN)/python bench/chaos.py
+
+# The course: every lesson runs, and draws its picture into lessons/pictures/.
+lessons: .venv/installed
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check matplotlib
+	@for lesson in lessons/[0-9]*.py; do echo; echo "== $$lesson"; $(BIN)/python $$lesson || exit 1; done
 
 # What needs a GPU: its tests and its figures, into RESULTS.md. With the Python of .venv if there is one, else with PYTHON.
 gpu:
