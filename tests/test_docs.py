@@ -1,4 +1,7 @@
-"""docs/: what a page names is there. `model.py` is a file, `model.py: Head.rows` a name that the file defines."""
+"""docs/ and lessons/: what a page names is there.
+
+`model.py` is a file, `model.py: Head.rows` a name that the file defines; `my_answer.py` is the student's, and nowhere.
+"""
 
 import ast
 import re
@@ -8,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(ROOT.glob("docs/*.md"))
-REFERENCE = re.compile(r"`([\w./]+\.py)(?:: ([\w.]+))?`")
+PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("lessons/*/*.md")])
+REFERENCE = re.compile(r"`(?!my_answer\.py)([\w./]+\.py)(?:: ?([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
@@ -43,7 +46,7 @@ def broken(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_and_name_of_a_page_is_there(page):
     text = page.read_text()
     assert not broken(text)

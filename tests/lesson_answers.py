@@ -1,0 +1,29 @@
+"""Answers to the exercises of lessons/: for each lesson a right one, and a wrong one that a student may well give."""
+
+ENCODE = """
+def encode(word, merges):
+    tokens = list(word)
+    for new, pair in enumerate(merges, 256):
+        i = 0
+        while i < len(tokens) - 1:
+            if (tokens[i], tokens[i + 1]) == pair:
+                tokens[i : i + 2] = [new]
+            i += 1
+    return tokens
+"""
+LONGEST_FIRST = """
+def encode(word, merges):
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    ids = []
+    while word:
+        longest = max((token for token in tokens if word.startswith(token)), key=len)
+        ids.append(tokens.index(longest))
+        word = word[len(longest) :]
+    return ids
+"""
+
+ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
+    "01_bpe": (ENCODE, LONGEST_FIRST),
+}
