@@ -23,7 +23,16 @@ def encode(word, merges):
         word = word[len(longest) :]
     return ids
 """
+TRAP = """
+def trap():
+    return [[0.0, 0.4, 0.35, 0.25], [0.3, 0.3, 0.3, 0.1], [0.3, 0.3, 0.3, 0.1], [0.01, 0.01, 0.01, 0.97]]
+"""
+GREEDY_TRAP = """
+def trap():
+    return [[0.0, 0.6, 0.4, 0.0], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0], [0.25, 0.25, 0.25, 0.25]]
+"""
 
 ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "01_bpe": (ENCODE, LONGEST_FIRST),
+    "06_beams": (TRAP, GREEDY_TRAP),
 }
