@@ -70,8 +70,9 @@ def main(small: bool):
     ((best, *_),) = beam_search(model, [start], 5, num_beams=3, length_penalty=0, **options, record=record)
     logp = sum(math.log(CHAIN[last][token]) for last, token in zip([*start, *greedy], greedy, strict=False))
     print("\n".join(tree(TOKENIZER, record[0], 3)) + "\n")
-    table(["search", "text", "p"], [["greedy", " ".join(WORDS[t] for t in greedy), math.exp(logp)],
-                                    ["beam of 3", " ".join(WORDS[t] for t in best.tokens), math.exp(best.logprob)]])  # fmt: skip
+    texts = {"greedy": (greedy, logp), "beam of 3": (best.tokens, best.logprob)}
+    rows = [[name, " ".join(WORDS[t] for t in tokens), math.exp(total)] for name, (tokens, total) in texts.items()]
+    table(["search", "text", "p"], rows)
     claim("greedy takes the likelier first word and ends with the less likely text", logp < best.logprob - 0.5)
 
     V, T = 5, 3 if small else 4

@@ -31,8 +31,21 @@ GREEDY_TRAP = """
 def trap():
     return [[0.0, 0.6, 0.4, 0.0], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0], [0.25, 0.25, 0.25, 0.25]]
 """
+SMOOTH = """
+def loss(z, targets, share):
+    logp = z.log_softmax(-1)[targets != -100]
+    right = logp.gather(1, targets[targets != -100][:, None])[:, 0]
+    return -((1 - share) * right + share * logp.mean(1)).mean()
+"""
+SHARED_BY_THE_OTHERS = """
+def loss(z, targets, share):  # the target gets 1 - ε, and only the others share ε
+    logp = z.log_softmax(-1)[targets != -100]
+    right = logp.gather(1, targets[targets != -100][:, None])[:, 0]
+    return -((1 - share) * right + share * (logp.sum(1) - right) / (logp.size(1) - 1)).mean()
+"""
 
 ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "01_bpe": (ENCODE, LONGEST_FIRST),
     "06_beams": (TRAP, GREEDY_TRAP),
+    "07_label_smoothing": (SMOOTH, SHARED_BY_THE_OTHERS),
 }
