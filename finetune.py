@@ -23,6 +23,7 @@ from runs.run import SCRATCH, Run, unseen_tokens
 from runs.start import RESUME, Start, decide
 from tasks.plan import PlanOptions, plan_finetuning, take_options
 from tasks.sft import Conversations, FinetuneConfig, conversation_task, load_conversations, set_length
+from tasks.task import check_model
 from text.chat import Template
 from train import OUT_OF_MEMORY, say_finished, train_or_evaluate
 from training.config import TrainConfig
@@ -62,9 +63,9 @@ def configure(argv: list[str]) -> tuple[Start, TrainConfig, FinetuneConfig, GPTC
         raise ValueError("--init_from must be the folder of a trained run: fine-tuning starts from trained weights")
     start = decide(given, DEFAULTS, "sft")
     config, sft, model_config = start.configs(given, *classes)
-    if config.objective != "pretrain" or model_config.n_encoder_layer or not model_config.causal:
-        raise ValueError("finetune.py teaches conversations to a GPT that continues text: another --objective, and "
-                         "models with an encoder or causal=False, are train.py's")  # fmt: skip
+    check_model("sft", model_config)
+    if config.objective != "pretrain":
+        raise ValueError(f"objective={config.objective} is train.py's: finetune.py teaches conversations, leave it out")
     sources = {key: source for key, (_, source) in given.items()}
     if sources.get("max_iters") == COMMAND_LINE or resuming and "num_epochs" not in given:
         sft.num_epochs = 0.0

@@ -16,7 +16,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from model import GPT, IGNORE, GPTConfig
 from runs.checkpoint import INITIAL_STATE, list_checkpoints
 from runs.run import Run
 from runs.start import RunFolder, Start, decide
+from tasks.evaluate import evaluate
 from tasks.objective import open_task
 from tasks.plan import PlanOptions, plan_pretraining, take_options
 from tasks.task import Task
@@ -42,7 +43,6 @@ from training.device import (
     Peak,
     Process,
     autocast,
-    float64_device,
     flops_per_token,
     seed_random,
     start_process,
@@ -52,7 +52,7 @@ from training.interrupt import Interrupted, interruptible, until_interrupted
 from training.optim import learning_rate_at
 from training.plan import Job, check_memory
 from training.prefetch import Prefetcher, pin, to_device
-from training.shard import clip_gradients, drop_gathered, in_step, is_sharded
+from training.shard import clip_gradients, drop_gathered, is_sharded
 from training.skips import told, was_skipped
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "pydocs.py")
@@ -298,26 +298,6 @@ class Trainer:
         remedy = f"continue with --init_from=resume --out_dir={self.config.out_dir}"
         self.log.say(f"stopped at step {step}{told(self.state)}; {remedy}")
         raise SystemExit(128 + max(caught, default=signal.SIGTERM))
-
-
-@torch.no_grad()
-def evaluate(network, task: Task, process: Process, watch: Callable = iter) -> dict[str, float]:
-    """val_loss (nats per counted token) and val_bpb (bits per byte) over the validation batches of all processes.
-
-    watch(batches) yields the batches, and may show how far it is.
-    """
-    network.eval()
-    loss, count = torch.zeros((), dtype=torch.float64, device=float64_device(process.device)), 0
-    batches = task.validation(process.rank, process.world_size)
-    for batch in watch(in_step(batches, process) if is_sharded(network) else batches):
-        count += int((batch["targets"] != IGNORE).sum())
-        with autocast(process.device, process.dtype):
-            loss += network(**to_device(pin(batch, process.device), process.device), target_count=1)[1].to(loss.device)
-    network.train()
-    drop_gathered(network)
-    total, counted = process.total(loss.item(), count)
-    mean = total / max(counted, 1)
-    return {"val_loss": mean, "val_bpb": mean * task.tokens_per_byte / np.log(2)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

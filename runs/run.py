@@ -233,8 +233,11 @@ def _lora_of(content: dict | None, path: Path) -> LoraConfig | None:
 
 def same_tokens(base: Tokenizer, extended: Tokenizer) -> bool:
     """Return whether `extended` is `base`, perhaps with special tokens added."""
-    content = extended.content()
-    return base.content() in (content, content.get("base"))
+    content, more = base.content(), extended.content()
+    if content.get("kind") != "extended" or more.get("kind") != "extended":
+        return content in (more, more.get("base"))
+    added = content["special_tokens"]
+    return content["base"] == more["base"] and more["special_tokens"][: len(added)] == added
 
 
 def unseen_tokens(run: Run, tokenizer: Tokenizer) -> tuple[int, ...]:

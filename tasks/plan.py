@@ -91,7 +91,7 @@ def plan_pretraining(start: Start, config: TrainConfig, model_config: GPTConfig,
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
     if (folder / "meta.json").is_file():
         corpus = Corpus(folder)
-        choose_tokenizer(corpus, start.resumes or start.source, model_config)
+        choose_tokenizer(corpus, start.resumes or start.source, config.objective, model_config)
         tokens = corpus.num_tokens("train")
         data = f"{config.max_iters * tokens_per_step / tokens:,.1f} passes over the {tokens:,} of {folder}"
     elif model_config.vocab_size:

@@ -10,7 +10,7 @@ from runs.run import Run, same_tokens
 from tasks.task import Task, dataset_folder
 from text.corpus import Corpus
 from text.pairs import Pairs
-from text.tokenizer import Tokenizer
+from text.tokenizer import MASK, Tokenizer, with_special_tokens
 from training.config import TrainConfig
 
 
@@ -28,11 +28,12 @@ def summary(corpus: Corpus) -> str:
     return f"{corpus.folder}: {', '.join(counts)}, vocabulary {corpus.vocab_size:,}"
 
 
-def choose_tokenizer(corpus: Corpus | Pairs, known: Run | None, model_config: GPTConfig) -> Tokenizer:
+def choose_tokenizer(corpus: Corpus | Pairs, known: Run | None, objective: str, model_config: GPTConfig) -> Tokenizer:
     """The tokenizer of the run to come, for which model_config.vocab_size is set if it was 0.
 
     known: the run that is resumed or started from, whose tokenizer is kept; it may have special tokens that the
-    corpus's lacks. ValueError if its tokens are not the corpus's, or if vocab_size is too small.
+    corpus's lacks. A masked model's has the mask token, which is added where it is missing. ValueError if its tokens
+    are not the corpus's, or if vocab_size is too small.
     """
     tokenizer = corpus.tokenizer
     if known:
@@ -42,6 +43,7 @@ def choose_tokenizer(corpus: Corpus | Pairs, known: Run | None, model_config: GP
                 f"with the run's own, by --tokenizer {known.folder}"
             )
         tokenizer = known.tokenizer
+    tokenizer = with_special_tokens(tokenizer, [MASK] if objective == "masked" else [])
     model_config.vocab_size = model_config.vocab_size or tokenizer.vocab_size
     if model_config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
@@ -52,10 +54,6 @@ def choose_tokenizer(corpus: Corpus | Pairs, known: Run | None, model_config: GP
 
 def pretraining_task(corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, model_config: GPTConfig) -> Task:
     """Predict every next token of the corpus. ValueError for a corpus that is too short for one row."""
-    if model_config.n_encoder_layer:
-        raise ValueError("objective=pretrain has no sources for an encoder to read: leave n_encoder_layer=0")
-    if not model_config.causal:
-        raise ValueError("causal=False: a model that sees its future has nothing to predict here; leave it True")
     block_size, whole = model_config.block_size, config.batch_size * config.gradient_accumulation_steps
 
     def batch(step: int, rows: slice) -> dict[str, Tensor]:

@@ -79,9 +79,7 @@ def collate(examples: list[Example], eot_id: int) -> dict[str, Tensor]:
 
 
 def translation_task(data: Translations, config: TrainConfig, model_config: GPTConfig) -> Task:
-    """Predict every target. ValueError for a model without an encoder, and for parallel=fsdp."""
-    if not model_config.n_encoder_layer:
-        raise ValueError("objective=translate needs an encoder: give n_encoder_layer, as config/dates.py does")
+    """Predict every target. ValueError for parallel=fsdp."""
     if config.parallel == "fsdp":
         raise ValueError("objective=translate is not for parallel=fsdp, which shards decoders only: leave it ddp")
     tokenizer, whole = data.pairs.tokenizer, config.batch_size * config.gradient_accumulation_steps

@@ -219,7 +219,7 @@ def test_it_resumes(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("main", "options", "message"),
     [
-        (train.main, ["--objective=translate", "--dataset={folder}", "--n_encoder_layer=0"], "needs an encoder"),
+        (train.main, ["--objective=translate", "--dataset={folder}", "--n_encoder_layer=0"], "translating needs an encoder"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--block_size=2"], "no train pair fits into"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--parallel=fsdp"], "not for parallel=fsdp"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--plan"], "leave it out for objective=translate"),
@@ -229,7 +229,7 @@ def test_it_resumes(run, folder, tmp_path):
         (sample.main, ["--out_dir={run}", "--score=x"], "cannot read"),
         (sample.main, ["--out_dir={run}"], "of 1 to 24 tokens, not of 0"),
         (sample.main, ["--out_dir={run}", "--prompt=" + "a" * 25], "of 1 to 24 tokens, not of 25"),
-        (finetune.main, ["--init_from={run}"], "finetune.py teaches conversations"),
+        (finetune.main, ["--init_from={run}"], "do not go together"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(main, options, message, run, folder, tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Literal, NotRequired, TypedDict, get_args
 
 from text.styles import END_OF_TEXT, PLAINGPT, STYLES, jinja
-from text.tokenizer import ExtendedTokenizer, Tokenizer, start_id
+from text.tokenizer import Tokenizer, start_id, with_special_tokens
 
 Role = Literal["system", "user", "assistant"]
 
@@ -51,7 +51,7 @@ class Template:
         if missing and style != PLAINGPT:
             raise ValueError(f"the tokenizer lacks {missing[0]!r}, a special token of the chat style {style}: "
                              "choose the model's own style, or give it its own tokenizer")  # fmt: skip
-        self.tokenizer = ExtendedTokenizer(tokenizer, missing) if missing else tokenizer
+        self.tokenizer = with_special_tokens(tokenizer, missing)
         self.ids = {name: self.tokenizer.special_tokens[name] for name in self.style.special}
         known = self.tokenizer.special_tokens
         begins = [start_id(tokenizer) if name == END_OF_TEXT else known.get(name) for name in self.style.begin]

@@ -20,6 +20,8 @@ from common.files import read_json, write_json
 from common.textfile import check_text
 from text.foreign import FILE_NAME, HubTokenizer, SentencePieceTokenizer, checked_ids, sentencepiece_from_base64
 
+MASK = "<|mask|>"  # the special token that stands where a masked model is to find one
+
 
 class CharTokenizer:
     """One id per character, in sorted order; with `eot`, one more id at the end for <|endoftext|>."""
@@ -188,6 +190,16 @@ class ExtendedTokenizer:
 
 
 Tokenizer = CharTokenizer | TiktokenTokenizer | BPETokenizer | ExtendedTokenizer | HubTokenizer | SentencePieceTokenizer
+
+
+def with_special_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """Return the tokenizer with the special tokens that it lacks added after its last id; itself if it lacks none."""
+    missing = [name for name in names if name not in tokenizer.special_tokens]
+    if not missing:
+        return tokenizer
+    if isinstance(tokenizer, ExtendedTokenizer):
+        return ExtendedTokenizer(tokenizer.base, [*tokenizer.added, *missing])
+    return ExtendedTokenizer(tokenizer, missing)
 
 
 def start_id(tokenizer: Tokenizer) -> int | None:

@@ -120,8 +120,8 @@ class Log:
 
     def show_evaluation(self, event: dict, more: str = "") -> None:
         """Print an evaluation, and `more` at the end of its line."""
-        self.say(f"step {event['step']}/{self.config.max_iters}: val_loss {event['val_loss']:.4f}, "
-                 f"val_bpb {event['val_bpb']:.4f}, {event['seconds']:.0f} s{more}")  # fmt: skip
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in event.items() if name.startswith("val_"))
+        self.say(f"step {event['step']}/{self.config.max_iters}: {metrics}, {event['seconds']:.0f} s{more}")
 
     def show_preview(self, text: str, step: int) -> None:
         """Print a text that the model made, with control characters as escapes.
