@@ -1,4 +1,4 @@
-"""Use a trained model: sample text (at random, greedily or by beam search), chat, or score a text.
+"""Use a trained model: sample text (at random, greedily or by beam search), chat, score a text, or fill its blanks.
 
     python sample.py --out_dir=out/pydocs --prompt="os.path"
     python sample.py --num_beams=4 --num_samples=2 --prompt="os.path"
@@ -6,6 +6,7 @@
     python sample.py --out_dir=out/sft_pydocs --chat
     python sample.py --score=book.txt
     python sample.py --explain --num_beams=3 --max_new_tokens=8 --prompt="os.path"
+    python sample.py --out_dir=out/bert_pydocs --fill="Return the <|mask|> of the string."
 
 decoding/stream.py and decoding/beam.py choose tokens, decoding/explain.py shows how they did it,
 decoding/prompt.py turns prompts into tokens, decoding/text.py turns tokens into text, and decoding/chat.py holds the
@@ -17,7 +18,6 @@ from common import cli  # first: it makes Ctrl-C one line even while the modules
 # isort: split
 
 import json
-import math
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from decoding.beam import Candidate, Hypothesis, beam_search
 from decoding.chat import chat
 from decoding.explain import MOST_BEAMS, step_line, steps_heading, tree
 from decoding.fast import check_int8, speed_up
+from decoding.fill import write_filled
 from decoding.prompt import (
     Prompt,
     Question,
@@ -41,11 +42,10 @@ from decoding.prompt import (
     text_or_file,
     typed_text,
 )
-from decoding.score import log_likelihood
-from decoding.stream import Step, Token, generate, prompt_tokens, stream
+from decoding.score import write_score
+from decoding.stream import Step, Token, generate, stream
 from decoding.text import Text, note, read_stops, show, text_of
 from runs.run import Run
-from text.tokenizer import start_id
 from training.device import DTYPES, pick_device, pick_dtype
 
 __all__ = ["Hypothesis", "beam_search", "generate", "stream"]
@@ -60,28 +60,19 @@ OUT_OF_MEMORY = "lower num_samples, num_beams or max_new_tokens, or try --dtype=
 MOST = 4096  # most texts or beams at once
 
 # The ways to use a model, and the options that each of them reads. Any other option is an error.
-CHAT, SCORE, BEAMS, DRAW = "--chat", "--score", "--num_beams above 1", "--num_beams=1, which draws tokens one by one"
+CHAT, SCORE, FILL = "--chat", "--score", "--fill"
+BEAMS, DRAW = "--num_beams above 1", "--num_beams=1, which draws tokens one by one"
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 TEXTS = ("prompt", "prompts", "batch_size", "system", "max_new_tokens", "num_samples", "json", "explain")
 ALWAYS = ("out_dir", "checkpoint", "quantize", "device", "dtype")
 READS = {
     CHAT: ("chat", "system", "max_new_tokens", "stop", *DRAWING, *ALWAYS),
     SCORE: ("score", "json", *ALWAYS),
+    FILL: ("fill", "json", *ALWAYS),
     BEAMS: ("num_beams", "length_penalty", *TEXTS, *ALWAYS),
     DRAW: ("num_beams", "stop", *DRAWING, *TEXTS, *ALWAYS),
 }
-SWITCHES = (
-    "chat",
-    "score",
-    "json",
-    "explain",
-    "prompt",
-    "prompts",
-    "system",
-    "stop",
-    "num_samples",
-    "num_beams",
-)  # default: off
+SWITCHES = "chat score fill json explain prompt prompts system stop num_samples num_beams".split()  # default: off
 
 
 @dataclass
@@ -107,6 +98,7 @@ class SampleConfig:
     json: bool = False  # print one JSON object per text: tokens, log-probabilities, reason for ending
     explain: bool = False  # for teaching: show each step's likeliest tokens, or the tree of the beams, before a text
     score: UserPath = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
+    fill: str = ""  # a text with <|mask|> for some words: show a masked model's likeliest tokens there; or FILE:path
     quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: faster, slightly less exact
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest that the device supports well
@@ -126,9 +118,8 @@ class SampleConfig:
 
     def way(self) -> str:
         """Return how the model is used, as a key of READS."""
-        if self.chat or self.score:
-            return CHAT if self.chat else SCORE
-        return BEAMS if self.num_beams > 1 else DRAW
+        ways = {CHAT: self.chat, SCORE: self.score, FILL: self.fill, BEAMS: self.num_beams > 1, DRAW: True}
+        return next(way for way, wanted in ways.items() if wanted)
 
     def check_use(self, given: set[str]) -> None:
         """Raise ValueError if an option in `given` would have no effect, even if it has its default value."""
@@ -181,10 +172,10 @@ def open_model(config: SampleConfig) -> TextModel:
     """Return the run's model on its device, in its dtype, sped up for decoding. Raises ValueError."""
     device = pick_device(config.device)
     run = Run.open(config.out_dir)
-    if not run.model_config.causal:
+    if not run.model_config.causal and not config.fill:
         raise ValueError(f"{config.out_dir}: this model (causal=False) sees the tokens that it would have to predict: "
-                         "it can neither continue a text nor score one")  # fmt: skip
-    if run.model_config.n_encoder_layer and (config.score or config.chat):
+                         "it can neither continue a text nor score one, but fill its blanks, by --fill")  # fmt: skip
+    if run.model_config.n_encoder_layer and (config.score or config.chat or config.fill):
         raise ValueError(f"{config.out_dir}: this model translates: give it a source by --prompt or --prompts")
     dtype = DTYPES[pick_dtype(config.dtype, device)]
     if config.quantize == "int8":
@@ -209,7 +200,7 @@ class Given:
 
     questions: list[Question]  # of --prompt or --prompts
     system: str  # of --system
-    text: str  # of the file of --score
+    text: str  # of --fill, or of the file of --score
 
 
 def read_input(config: SampleConfig) -> Given:
@@ -219,7 +210,8 @@ def read_input(config: SampleConfig) -> Given:
     else:
         questions = [Question({"prompt": text_or_file(config.prompt, "the prompt")})]
     system = without_last_line_break(text_or_file(config.system, "the system message"))
-    return Given(questions, system, text=read_text(config.score, "text") if config.score else "")
+    text = read_text(config.score, "text") if config.score else text_or_file(config.fill, "the text with blanks")
+    return Given(questions, system, without_last_line_break(text) if config.fill else text)
 
 
 def without_last_line_break(text: str) -> str:
@@ -361,43 +353,6 @@ def print_json(prompt: Prompt, text: str, finish: str, tokens: list[int], logpro
     print(json.dumps(prompt.question.fields | answer), flush=True)
 
 
-def write_score(model: TextModel, config: SampleConfig, text: str) -> None:
-    """Print the log-likelihood of a text, its perplexity per token, and its bits per byte, which compare tokenizers."""
-    tokens = prompt_tokens(model.tokenizer, text)
-    given = 0 if start_id(model.tokenizer) is not None else len(model.tokenizer.bytes_of(tokens[0]))  # not predicted
-    counted = len(text.encode()) - given
-    if len(tokens) < 2 or counted < 1:
-        raise ValueError(f"{config.score} holds too little text to score")
-
-    def measure() -> dict:
-        logprob = log_likelihood(model.gpt, tokens, model.tokenizer.vocab_size, progress=True).double().sum().item()
-        n = len(tokens) - 1
-        return {"tokens": n, "bytes": counted, "log_likelihood": logprob, "perplexity": perplexity(-logprob / n),
-                "bits_per_byte": -logprob / math.log(2) / counted}  # fmt: skip
-
-    found = measure()
-    if config.quantize != "none":
-        speed_up(model.gpt, quantize=config.quantize)
-        quantized = measure()
-        found |= {f"{config.quantize}_{name}": quantized[name] for name in ("perplexity", "bits_per_byte")}
-    if config.json:
-        print(json.dumps(found))
-        return
-    print(f"{config.score}: {found['tokens']:,} tokens, {counted:,} bytes")
-    per_token = -found["log_likelihood"] / found["tokens"]
-    print(f"log-likelihood {found['log_likelihood']:,.2f} nats, {per_token:.4f} nats lost per token")
-    print(f"perplexity {found['perplexity']:,.4f} per token")
-    print(f"bits per byte {found['bits_per_byte']:.4f}")
-    if config.quantize != "none":
-        change = quantized["bits_per_byte"] - found["bits_per_byte"]
-        print(f"{config.quantize}: bits per byte {quantized['bits_per_byte']:.4f} ({change:+.4f})")
-
-
-def perplexity(nats: float) -> float:
-    """exp of the mean loss per token; infinite where it is too large to be written."""
-    return math.exp(nats) if nats < 709 else math.inf
-
-
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(USAGE, SampleConfig))
@@ -406,7 +361,9 @@ def main() -> None:
     given = read_input(config)
     model = open_model(config)
     if config.score:
-        write_score(model, config, given.text)
+        write_score(model, given.text, config.score, config.json, config.quantize)
+    elif config.fill:
+        write_filled(model, given.text, config.json)
     elif config.chat:
         chat(model, given.system, config.stops(), config.max_new_tokens, **config.drawing())
     else:

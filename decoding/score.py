@@ -1,12 +1,18 @@
-"""Score a text: the log-probability of each of its tokens."""
+"""Score a text: the log-probability of each of its tokens, and what follows for the whole."""
+
+import json
+import math
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from decoding.fast import speed_up
 from decoding.kernels import read_tokens
-from decoding.stream import check_finite, check_prompts, context_start
+from decoding.prompt import TextModel
+from decoding.stream import check_finite, check_prompts, context_start, prompt_tokens
 from model import GPT
+from text.tokenizer import start_id
 
 SCORE_BATCH = 8  # windows of a text that are read at once
 
@@ -40,3 +46,44 @@ def log_likelihood(model: GPT, tokens: list[int], vocab_size: int | None = None,
             parts.append(logprobs.gather(1, targets[:, None])[:, 0].cpu())
     check_finite(torch.cat(parts).sum().item())
     return torch.cat(parts)
+
+
+def write_score(model: TextModel, text: str, name: str, as_json: bool, quantize: str) -> None:
+    """Print the log-likelihood of a text, its perplexity per token, and its bits per byte, which compare tokenizers.
+
+    name: of the text's file. quantize: if it is not "none", print the same of weights that are quantized so.
+    Raises ValueError for a text that is too short.
+    """
+    tokens = prompt_tokens(model.tokenizer, text)
+    given = 0 if start_id(model.tokenizer) is not None else len(model.tokenizer.bytes_of(tokens[0]))  # not predicted
+    counted = len(text.encode()) - given
+    if len(tokens) < 2 or counted < 1:
+        raise ValueError(f"{name} holds too little text to score")
+
+    def measure() -> dict:
+        logprob = log_likelihood(model.gpt, tokens, model.tokenizer.vocab_size, progress=True).double().sum().item()
+        n = len(tokens) - 1
+        return {"tokens": n, "bytes": counted, "log_likelihood": logprob, "perplexity": perplexity(-logprob / n),
+                "bits_per_byte": -logprob / math.log(2) / counted}  # fmt: skip
+
+    found = measure()
+    if quantize != "none":
+        speed_up(model.gpt, quantize=quantize)
+        quantized = measure()
+        found |= {f"{quantize}_{key}": quantized[key] for key in ("perplexity", "bits_per_byte")}
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{name}: {found['tokens']:,} tokens, {counted:,} bytes")
+    per_token = -found["log_likelihood"] / found["tokens"]
+    print(f"log-likelihood {found['log_likelihood']:,.2f} nats, {per_token:.4f} nats lost per token")
+    print(f"perplexity {found['perplexity']:,.4f} per token")
+    print(f"bits per byte {found['bits_per_byte']:.4f}")
+    if quantize != "none":
+        change = quantized["bits_per_byte"] - found["bits_per_byte"]
+        print(f"{quantize}: bits per byte {quantized['bits_per_byte']:.4f} ({change:+.4f})")
+
+
+def perplexity(nats: float) -> float:
+    """exp of the mean loss per token; infinite where it is too large to be written."""
+    return math.exp(nats) if nats < 709 else math.inf

@@ -64,7 +64,8 @@ def sample(trained, capsys, monkeypatch):
     """sample.py's command in this process, as its last lines run it (a new process each would take a minute)."""
 
     def command(*options: object, run: Path = trained, typed: list[str] | None = None) -> subprocess.CompletedProcess:
-        length = () if any(option.startswith("--score") for option in options) else ("--max_new_tokens=40",)
+        generates = not any(option.startswith(("--score", "--fill")) for option in options)
+        length = ("--max_new_tokens=40",) if generates else ()
         monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={run}", *length, *options])
         if typed is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))

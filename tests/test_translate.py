@@ -219,7 +219,7 @@ def test_it_resumes(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("main", "options", "message"),
     [
-        (train.main, ["--objective=translate", "--dataset={folder}", "--n_encoder_layer=0"], "translating needs an encoder"),
+        (train.main, ["--objective=translate", "--dataset={folder}", "--n_encoder_layer=0"], "do not go together"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--block_size=2"], "no train pair fits into"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--parallel=fsdp"], "not for parallel=fsdp"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--plan"], "leave it out for objective=translate"),
