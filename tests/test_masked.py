@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from model import IGNORE, GPTConfig
+from model import GPT, IGNORE, GPTConfig
 from runs.run import Run
 from tasks.masked import Hiding, masked_task
 from tasks.plan import plan_pretraining
@@ -200,3 +200,77 @@ def test_special_tokens_are_added_once_and_after_those_that_are_there(tmp_path):
     both.save(tmp_path)
     assert load_tokenizer(tmp_path).special_tokens == chat.special_tokens | {MASK: 4} == both.special_tokens
     assert with_special_tokens(both, [MASK]) is both
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BERT itself
+
+
+@pytest.fixture
+def berts():
+    """BertModel of transformers with random weights, and a GPT with the same: a function that returns both.
+
+    BERT adds three embeddings to a token: its own, its position's and its segment's. Ours adds two, so each pair of
+    position t and segment s gets a row of its own in the learned table, t + s·block.
+    """
+    transformers = pytest.importorskip("transformers")
+    block = 12
+
+    def make(**options):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=23, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=block, type_vocab_size=2, hidden_act="gelu", layer_norm_eps=1e-12,
+        )  # fmt: skip
+        theirs = transformers.BertModel(config, add_pooling_layer=False).eval()
+        for weight in theirs.parameters():
+            weight.data.normal_(std=0.3)
+        ours = GPT(GPTConfig(
+            block_size=2 * block, vocab_size=23, n_layer=3, n_head=4, n_embd=32, mlp_dim=48, position="learned",
+            norm="layernorm", norm_eps=1e-12, post_norm=True, bias=True, qk_norm=False, mlp="gelu_exact", causal=False,
+            **options,
+        )).eval()  # fmt: skip
+        weights = theirs.state_dict()
+        tables = [weights[f"embeddings.{name}_embeddings.weight"] for name in ("position", "token_type")]
+        renamed = {
+            "tok_emb.weight": weights["embeddings.word_embeddings.weight"],
+            "pos_emb.weight": (tables[0][None] + tables[1][:, None]).flatten(0, 1),
+        }
+        names = {"norm": "embeddings.LayerNorm"}
+        for i in range(3):
+            there, here = f"encoder.layer.{i}", f"blocks.{i}"
+            names |= {
+                f"{here}.attention.out": f"{there}.attention.output.dense",
+                f"{here}.norm_attention": f"{there}.attention.output.LayerNorm",
+                f"{here}.mlp.up": f"{there}.intermediate.dense", f"{here}.mlp.down": f"{there}.output.dense",
+                f"{here}.norm_mlp": f"{there}.output.LayerNorm",
+            }  # fmt: skip
+            for kind in ("weight", "bias"):
+                qkv = [weights[f"{there}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
+                renamed[f"{here}.attention.qkv.{kind}"] = torch.cat(qkv)
+        renamed |= {f"{a}.{kind}": weights[f"{b}.{kind}"] for a, b in names.items() for kind in ("weight", "bias")}
+        left = ours.load_state_dict(renamed, strict=False)
+        assert left.missing_keys == ["head.weight"] and not left.unexpected_keys
+        return ours, theirs, block
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["flash", "math"])
+@torch.no_grad()
+def test_hidden_states_of_every_layer_equal_transformers_bert(berts, kind):
+    ours, theirs, block = berts(attention=kind)
+    rng = torch.Generator().manual_seed(1)
+    idx, segments = (torch.randint(n, (3, 10), generator=rng) for n in (23, 2))
+    padding = torch.arange(10) < torch.tensor([10, 4, 7])[:, None]
+    states = []
+    for module in (ours.norm, *ours.blocks):
+        module.register_forward_hook(lambda _module, _inputs, x: states.append(x))
+    ours(idx, positions=torch.arange(10) + block * segments, padding=padding)
+    expected = theirs(
+        input_ids=idx, token_type_ids=segments, attention_mask=padding.long(), output_hidden_states=True
+    ).hidden_states
+    assert len(states) == len(expected) == 4
+    for mine, state in zip(states, expected, strict=True):
+        assert_close(mine[padding], state[padding], 1e-5)
+    assert not torch.allclose(states[-1], expected[0], atol=0.1)
