@@ -101,10 +101,12 @@ def expect(case: str, given: object, right: object, tolerance: float = 1e-5) -> 
         a, b = (torch.as_tensor(x).double() for x in (given, right))
         if a.shape != b.shape:
             raise ValueError(f"{case} has the shape {tuple(a.shape)}, the right one is {tuple(b.shape)}")
-        same = torch.allclose(a, b, rtol=tolerance, atol=tolerance)
-    else:
-        same = given == right
-    if not same:
+        wrong = (~torch.isclose(a, b, rtol=tolerance, atol=tolerance)).nonzero().tolist()  # the places
+        if not wrong:
+            return
+        case += f" at {wrong[0]}" if a.dim() else ""
+        given, right = (x[tuple(wrong[0])].item() for x in (a, b))
+    if given != right:
         given, right = (" ".join(repr(x).split()) for x in (given, right))
         raise ValueError(f"{case} gives {given:.200}, right is {right:.200}")
 

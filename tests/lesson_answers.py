@@ -44,8 +44,15 @@ def loss(z, targets, share):  # the target gets 1 - ε, and only the others shar
     return -((1 - share) * right + share * (logp.sum(1) - right) / (logp.size(1) - 1)).mean()
 """
 
+VISIBLE = """
+def visible(padding, window):
+    T = len(padding)
+    return [[i - window < j <= i and padding[j] for j in range(T)] for i in range(T)]
+"""
+
 ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "01_bpe": (ENCODE, LONGEST_FIRST),
     "06_beams": (TRAP, GREEDY_TRAP),
     "07_label_smoothing": (SMOOTH, SHARED_BY_THE_OTHERS),
+    "02_masks": (VISIBLE, VISIBLE.replace("i - window <", "i - window <=")),
 }
