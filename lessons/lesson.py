@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import run_command
 
-PICTURES = Path(__file__).resolve().parent / "pictures"
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = ROOT / "lessons" / "pictures"
 LARGEST = 300_000  # bytes of a picture
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = COLOURS = (
@@ -73,7 +74,7 @@ def figure(rows: int = 1, columns: int = 1, *, height: float = 3.4, **options):
 def save(fig, name: str) -> None:
     """Write lessons/pictures/<name>, an .svg, or a .png where an .svg would be too large; the same figure, same bytes.
 
-    Raises ValueError if the file has more than 300 KB.
+    name: or a whole path, for what is not kept with the lessons. Raises ValueError if the file has more than 300 KB.
     """
     from matplotlib import pyplot
 

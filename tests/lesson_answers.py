@@ -50,9 +50,45 @@ def visible(padding, window):
     return [[i - window < j <= i and padding[j] for j in range(T)] for i in range(T)]
 """
 
+ATTEND = """
+import math, torch
+
+def attend(q, k, v, visible):
+    scores = (q @ k.T / math.sqrt(q.size(-1))).masked_fill(~visible, -math.inf)
+    return torch.softmax(scores, dim=-1) @ v
+"""
+RMS_NORM_GRADIENT = """
+def rms_norm_gradient(x, g, eps):
+    root = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    y = x / root
+    return (g - y * (g * y).mean(-1, keepdim=True)) / root
+"""
+ROPE = """
+import torch
+
+def rope(x, t, theta):
+    D = len(x)
+    out = torch.empty(D)
+    for i in range(D // 2):
+        angle = torch.tensor(t * theta ** (-2 * i / D))
+        a, b = x[i], x[i + D // 2]
+        out[i] = a * angle.cos() - b * angle.sin()
+        out[i + D // 2] = b * angle.cos() + a * angle.sin()
+    return out
+"""
+MERGE = """
+import math
+
+def merge(a, b):
+    m = max(a[0], b[0])
+    x, y = math.exp(a[0] - m), math.exp(b[0] - m)
+    return m, x * a[1] + y * b[1], x * a[2] + y * b[2]
+"""
+
 ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "01_bpe": (ENCODE, LONGEST_FIRST),
     "06_beams": (TRAP, GREEDY_TRAP),
     "07_label_smoothing": (SMOOTH, SHARED_BY_THE_OTHERS),
     "02_masks": (VISIBLE, VISIBLE.replace("i - window <", "i - window <=")),
+    "03_attention": (ATTEND, ATTEND.replace("math.sqrt(q.size(-1))", "1")),
 }
