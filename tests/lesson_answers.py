@@ -93,4 +93,5 @@ ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "03_attention": (ATTEND, ATTEND.replace("math.sqrt(q.size(-1))", "1")),
     "05_norms": (RMS_NORM_GRADIENT, RMS_NORM_GRADIENT.replace("(g - y * (g * y).mean(-1, keepdim=True))", "g")),
     "10_positions": (ROPE, ROPE.replace("x[i + D // 2]", "x[D - 1 - i]")),
+    "11_flash": (MERGE, MERGE.replace("x * a[2] + y * b[2]", "a[2] + b[2]")),
 }
