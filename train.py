@@ -258,7 +258,9 @@ class Trainer:
         process, sharded = self.process, is_sharded(self.model)
         if process.rank == 0 or sharded:
             self.model.eval()
-            with autocast(process.device, process.dtype if sharded else "float32"):  # a sharded model's blocks need it
+            # A sharded model's blocks need autocast, and may be compiled, which is for training's shapes
+            plainly = torch.compiler.set_stance("force_eager" if self.config.compile is True else "default")
+            with autocast(process.device, process.dtype if sharded else "float32"), plainly:
                 self.log.show_preview(self.task.preview(self.model), self.state["step"])
             self.model.train()
             drop_gathered(self.model)

@@ -5,6 +5,7 @@ python tests/shard_worker.py FOLDER      FOLDER/jobs.json: [[processes, precisio
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from dataclasses import replace
@@ -65,6 +66,9 @@ def work(folder: str, rank: int, world_size: int, dtype: str, commands: list[lis
         sys.argv = command
         if command[0] == "building":
             check_building(process)
+        elif command[0] == "cut":  # a copy of a run, without its last checkpoint
+            shutil.copytree(*command[1:])
+            shutil.rmtree(Path(command[2], "checkpoints", "step_00000003"))
         else:
             {"train.py": train, "finetune.py": finetune}[command[0]].main()
     if world_size > 1:
