@@ -85,12 +85,18 @@ def merge(a, b):
     return m, x * a[1] + y * b[1], x * a[2] + y * b[2]
 """
 
+CROSS_MASK = """
+def cross_mask(documents, source_documents, padding):
+    return (documents[:, None] == source_documents[None]) & padding[None]
+"""
+
 ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "01_bpe": (ENCODE, LONGEST_FIRST),
     "06_beams": (TRAP, GREEDY_TRAP),
     "07_label_smoothing": (SMOOTH, SHARED_BY_THE_OTHERS),
     "02_masks": (VISIBLE, VISIBLE.replace("i - window <", "i - window <=")),
     "03_attention": (ATTEND, ATTEND.replace("math.sqrt(q.size(-1))", "1")),
+    "04_translation": (CROSS_MASK, CROSS_MASK.replace(" & padding[None]", "")),
     "05_norms": (RMS_NORM_GRADIENT, RMS_NORM_GRADIENT.replace("(g - y * (g * y).mean(-1, keepdim=True))", "g")),
     "10_positions": (ROPE, ROPE.replace("x[i + D // 2]", "x[D - 1 - i]")),
     "11_flash": (MERGE, MERGE.replace("x * a[2] + y * b[2]", "a[2] + b[2]")),
