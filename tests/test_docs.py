@@ -76,3 +76,38 @@ def test_the_figures_are_those_of_the_results():
     results, page = ((ROOT / name).read_text() for name in ("RESULTS.md", "docs/baichuan2.md"))
     figures = re.findall(r"[\d.]+ ± [\d.]+", page)
     assert figures and not set(figures) - set(re.findall(r"[\d.]+ ± [\d.]+", results))
+
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+READMES = ["README.md", "README.zh.md"]
+
+
+def without_words(kind: str, block: str) -> list[str]:
+    """A code block's lines without comments; of a map, in the block's own language, only the files and folders."""
+    if kind == "text":
+        return re.findall(r"\b\w+(?:\.py\b|/)", block)
+    return [re.sub(r"\s*(?<!\S)#.*", "", line) for line in block.splitlines()]
+
+
+def test_both_readmes_show_the_same_commands_the_same_code_and_the_same_figures():
+    texts = [(ROOT / name).read_text() for name in READMES]
+    blocks = [[(kind, without_words(kind, block)) for kind, block in BLOCK.findall(text)] for text in texts]
+    assert blocks[0] == blocks[1] and len(blocks[0]) > 10
+    assert sum(len(lines) for _, lines in blocks[0]) > 50
+    english, chinese = (set(re.findall(r"--\w+", text)) for text in texts)
+    assert english == chinese
+    rows = [[line.split("|", 2)[2] for line in text.splitlines() if line.startswith("|")] for text in texts]
+    english, chinese = (re.findall(r"\d[\d,.]*\d", " ".join(lines)) for lines in rows)
+    assert english == chinese != []
+    assert texts[0].count("\n## ") == texts[1].count("\n## ")
+
+
+@pytest.mark.parametrize("name, other", [READMES, READMES[::-1]])
+def test_a_readmes_links_lead_somewhere_and_to_the_other_language(name, other):
+    text = (ROOT / name).read_text()
+    assert f"]({other})" in text
+    assert not [link for link in LINK.findall(text) if not (ROOT / link).exists()] and not broken(text)
+
+
+def test_a_command_that_only_one_readme_has_is_found():
+    assert without_words("bash", "a --b=c   # one\nd #e") == without_words("bash", "a --b=c # two\nd") != ["a --b", "d"]
