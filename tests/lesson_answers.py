@@ -43,6 +43,16 @@ def loss(z, targets, share):  # the target gets 1 - ε, and only the others shar
     right = logp.gather(1, targets[targets != -100][:, None])[:, 0]
     return -((1 - share) * right + share * (logp.sum(1) - right) / (logp.size(1) - 1)).mean()
 """
+MASK = """
+def mask(tokens, end, assistant):
+    found, speaks = [], False
+    for token in tokens:
+        found.append(int(speaks))
+        if token in (assistant, end):
+            speaks = token == assistant
+    return found
+"""
+MASK_WITHOUT_END = MASK.replace("int(speaks)", "int(speaks and token != end)")
 
 VISIBLE = """
 def visible(padding, window):
@@ -98,6 +108,7 @@ ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "03_attention": (ATTEND, ATTEND.replace("math.sqrt(q.size(-1))", "1")),
     "04_translation": (CROSS_MASK, CROSS_MASK.replace(" & padding[None]", "")),
     "05_norms": (RMS_NORM_GRADIENT, RMS_NORM_GRADIENT.replace("(g - y * (g * y).mean(-1, keepdim=True))", "g")),
+    "08_sft": (MASK, MASK_WITHOUT_END),
     "10_positions": (ROPE, ROPE.replace("x[i + D // 2]", "x[D - 1 - i]")),
     "11_flash": (MERGE, MERGE.replace("x * a[2] + y * b[2]", "a[2] + b[2]")),
 }
