@@ -77,6 +77,33 @@ def losses(model: GPT, tokens: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens[None, :-1])[0][0], tokens[1:], reduction="none")
 
 
+def new(template: Template) -> GPT:
+    torch.manual_seed(2)
+    return GPT(GPTConfig(vocab_size=template.tokenizer.vocab_size, n_layer=1, n_head=4, n_embd=64, block_size=40))
+
+
+def pretrained(template: Template, steps: int) -> GPT:
+    """A model that has read the sentences in any order, in texts of 33 tokens."""
+    sentences = [template.tokenizer.encode(text) for animal in ANIMALS for text in facts(animal)]
+    order = random.Random(0)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        texts = torch.tensor([sum(order.sample(sentences, 7), [])[:33] for _ in range(16)])
+        return {"idx": texts[:, :-1], "targets": texts[:, 1:]}
+
+    return fit(new(template), batch, steps, 1e-2)
+
+
+def gradients(model: GPT, row: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of one row, and its gradients in the tokens' embeddings and in the states before the head: (T, C)."""
+    found: list[Tensor] = []
+    hooks = [part.register_forward_hook(lambda part, x, y: found.append(y)) for part in (model.tok_emb, model.norm)]
+    loss = model(**row)[1]
+    for hook in hooks:
+        hook.remove()
+    return loss.detach(), *(gradient[0] for gradient in torch.autograd.grad(loss, found))
+
+
 def main(small: bool):
     template = world()
     tokenizer = template.tokenizer
@@ -90,35 +117,22 @@ def main(small: bool):
           row["targets"][0, :n].tolist() == torch.where(mask[1:] == 1, tokens[1:], IGNORE).tolist())  # fmt: skip
     claim("the token that ends the answer is a target too", row["targets"][0, n - 1] == template.end_id)
 
-    def new() -> GPT:
-        torch.manual_seed(2)
-        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=4, n_embd=64, block_size=40))
-
-    sentences, draw = [tokenizer.encode(text) for animal in ANIMALS for text in facts(animal)], random.Random(0)
-
-    def pretraining(step: int) -> dict[str, Tensor]:
-        """Texts of sentences in any order, cut off at 33 tokens."""
-        texts = torch.tensor([sum(draw.sample(sentences, 7), [])[:33] for _ in range(16)])
-        return {"idx": texts[:, :-1], "targets": texts[:, 1:]}
-
-    base = fit(new(), pretraining, 150 if small else 300, 1e-2)
+    base = pretrained(template, 150 if small else 300)
     before = losses(base, tokens)
-    hidden = []
-    with torch.enable_grad():
-        hook = base.norm.register_forward_hook(lambda module, x, y: (y.retain_grad(), hidden.append(y)) and None)
-        loss = base(**row)[1]
-        loss.backward()
-        hook.remove()
+    loss, embeddings, states = gradients(base, row)
     claim("the loss of the row is the mean over the answer's tokens", torch.isclose(loss, before[mask[1:] == 1].mean()))
-    moved = hidden[0].grad[0, :n].abs().sum(-1) > 0
+    moved = states[:n].abs().sum(-1) > 0
     claim("no gradient comes from the prompt: it is exactly 0 wherever the target is not counted",
           moved.tolist() == (mask[1:] == 1).tolist())  # fmt: skip
-    reached = base.tok_emb.weight.grad[tokenizer.encode(" fox")].abs().sum() > 0
+    reached = embeddings[tokens.tolist().index(*tokenizer.encode(" fox"))].abs().sum() > 0
     claim("but it goes through the prompt: the embedding of ' fox' gets one, as the answer reads it", reached)
-    base.zero_grad()
 
     results = {}
-    for name, model, learn in (("pretrained", base, False), ("fine-tuned only", new(), True), ("both", base, True)):
+    for name, model, learn in (
+        ("pretrained", base, False),
+        ("fine-tuned only", new(template), True),
+        ("both", base, True),
+    ):
         if learn:
             fit(model, lambda step: rows.batch(step, 0, 30, slice(0, 30)), 100, 2e-3)
         results[name] = [*answers(model, template, learned), *answers(model, template, HELD_OUT)]
