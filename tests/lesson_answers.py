@@ -100,6 +100,16 @@ def cross_mask(documents, source_documents, padding):
     return (documents[:, None] == source_documents[None]) & padding[None]
 """
 
+HIDE = """
+def hide(tokens, chosen, fates, mask_id):
+    idx, targets = list(tokens), [-100] * len(tokens)
+    for place, fate in zip(chosen, fates):
+        targets[place] = tokens[place]
+        if fate != "keep":
+            idx[place] = mask_id if fate == "mask" else fate
+    return idx, targets
+"""
+
 ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "01_bpe": (ENCODE, LONGEST_FIRST),
     "06_beams": (TRAP, GREEDY_TRAP),
@@ -109,6 +119,7 @@ ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "04_translation": (CROSS_MASK, CROSS_MASK.replace(" & padding[None]", "")),
     "05_norms": (RMS_NORM_GRADIENT, RMS_NORM_GRADIENT.replace("(g - y * (g * y).mean(-1, keepdim=True))", "g")),
     "08_sft": (MASK, MASK_WITHOUT_END),
+    "09_bert": (HIDE, HIDE.replace("[-100] * len(tokens)", "list(tokens)")),
     "10_positions": (ROPE, ROPE.replace("x[i + D // 2]", "x[D - 1 - i]")),
     "11_flash": (MERGE, MERGE.replace("x * a[2] + y * b[2]", "a[2] + b[2]")),
 }
