@@ -94,6 +94,13 @@ def merge(a, b):
     x, y = math.exp(a[0] - m), math.exp(b[0] - m)
     return m, x * a[1] + y * b[1], x * a[2] + y * b[2]
 """
+SLOPES = """
+def slopes(H):
+    power = 2 ** (H.bit_length() - 1)
+    first = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    between = [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)]
+    return first + between[: H - power]
+"""
 
 CROSS_MASK = """
 def cross_mask(documents, source_documents, padding):
@@ -122,4 +129,5 @@ ANSWERS = {  # the lesson's name → (a right answer, a wrong one)
     "09_bert": (HIDE, HIDE.replace("[-100] * len(tokens)", "list(tokens)")),
     "10_positions": (ROPE, ROPE.replace("x[i + D // 2]", "x[D - 1 - i]")),
     "11_flash": (MERGE, MERGE.replace("x * a[2] + y * b[2]", "a[2] + b[2]")),
+    "12_baichuan2": (SLOPES, SLOPES.replace("2 ** (H.bit_length() - 1)", "H")),
 }
