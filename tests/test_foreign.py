@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from decoding.prompt import Question, TextModel, make_prompt
 from decoding.stream import prompt_tokens
 from decoding.text import Text, text_of
 from formats.tokenizers import ADVERSARIAL, export_tokenizer, gguf_tokenizer, import_tokenizer
+from model import GPTConfig
 from tests.bpe_helpers import FIXTURES, PROSE, adversarial
 from text.chat import Template
 from text.foreign import HubTokenizer, SentencePieceTokenizer
@@ -168,7 +170,8 @@ def test_a_continuation_keeps_its_spaces(imported):
 
 def test_an_answer_is_shown_without_the_space_that_the_tokenizer_adds_and_a_continuation_with_it(imported):
     _, _, ours = imported
-    base, chat = TextModel(None, ours, None), TextModel(None, ours, Template(ours))
+    gpt = SimpleNamespace(config=GPTConfig())
+    base, chat = TextModel(gpt, ours, None), TextModel(gpt, ours, Template(ours))
     for model, text, begins in [(base, "Hello", False), (base, "", True), (chat, "Hello", True)]:
         prompt = make_prompt(model, Question({"prompt": text}))
         assert prompt.begins == begins

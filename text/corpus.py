@@ -48,6 +48,7 @@ KEYS = {
     "tokenizer_sha256",
     "special_tokens_in_text",
     "part",
+    "preparation",
 }
 IGNORE = -100  # target that the loss ignores: equal to model.IGNORE, which would import torch
 
