@@ -59,6 +59,8 @@ class GPTConfig:
     attention: Literal["flash", "math"] = "flash"  # flash: the fused kernel; math: the softmax written out
     label_smoothing: float = 0.0  # training: share of the target probability spread over the whole vocabulary
     max_z_loss: float = 0.0  # training: weight of (largest logit)^2; Baichuan 2 used 2e-4
+    classes: str = ""  # of a classifier, separated by commas (classifier.py); "" = no classifier; filled from its data
+    pool: Literal["mean", "first"] = "mean"  # classifier: what it reads of the hidden states of all tokens
 
     def __post_init__(self):
         for field in fields(self):
@@ -260,12 +262,10 @@ class Attention(nn.Module):
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
         self.qkv = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias or config.qkv_bias)  # faster than three
         self.out = nn.Linear(H * D, config.n_embd, bias=config.bias)
-        self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
-        self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (Norm(config, D) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rope, mask: Mask, cache) -> Tensor:
-        config = self.config
-        B, T, _ = x.shape
+        config, (B, T, _) = self.config, x.shape
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
         q, k, v = self.qkv(x).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common.config import UserPath, above, at_least, build, check_ranges, help_text, read_arguments
 from decoding.beam import Candidate, Hypothesis, beam_search
 from decoding.chat import chat
+from decoding.classify import write_class
 from decoding.explain import MOST_BEAMS, step_line, steps_heading, tree
 from decoding.fast import check_int8, speed_up
 from decoding.fill import write_filled
@@ -60,7 +61,7 @@ OUT_OF_MEMORY = "lower num_samples, num_beams or max_new_tokens, or try --dtype=
 MOST = 4096  # most texts or beams at once
 
 # The ways to use a model, and the options that each of them reads. Any other option is an error.
-CHAT, SCORE, FILL = "--chat", "--score", "--fill"
+CHAT, SCORE, FILL, CLASSIFY = "--chat", "--score", "--fill", "--classify"
 BEAMS, DRAW = "--num_beams above 1", "--num_beams=1, which draws tokens one by one"
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 TEXTS = ("prompt", "prompts", "batch_size", "system", "max_new_tokens", "num_samples", "json", "explain")
@@ -69,10 +70,13 @@ READS = {
     CHAT: ("chat", "system", "max_new_tokens", "stop", *DRAWING, *ALWAYS),
     SCORE: ("score", "json", *ALWAYS),
     FILL: ("fill", "json", *ALWAYS),
+    CLASSIFY: ("classify", "json", *ALWAYS),
     BEAMS: ("num_beams", "length_penalty", *TEXTS, *ALWAYS),
     DRAW: ("num_beams", "stop", *DRAWING, *TEXTS, *ALWAYS),
 }
-SWITCHES = "chat score fill json explain prompt prompts system stop num_samples num_beams".split()  # default: off
+SWITCHES = (
+    "chat score fill classify json explain prompt prompts system stop num_samples num_beams".split()
+)  # default: off
 
 
 @dataclass
@@ -99,6 +103,7 @@ class SampleConfig:
     explain: bool = False  # for teaching: show each step's likeliest tokens, or the tree of the beams, before a text
     score: UserPath = ""  # a file: print its log-likelihood, perplexity and bits per byte instead of new text
     fill: str = ""  # a text with <|mask|> for some words: show a masked model's likeliest tokens there; or FILE:path
+    classify: str = ""  # a text: print its class, by a classifier; or FILE:path
     quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: faster, slightly less exact
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest that the device supports well
@@ -118,7 +123,14 @@ class SampleConfig:
 
     def way(self) -> str:
         """Return how the model is used, as a key of READS."""
-        ways = {CHAT: self.chat, SCORE: self.score, FILL: self.fill, BEAMS: self.num_beams > 1, DRAW: True}
+        ways = {
+            CHAT: self.chat,
+            SCORE: self.score,
+            FILL: self.fill,
+            CLASSIFY: self.classify,
+            BEAMS: self.num_beams > 1,
+            DRAW: True,
+        }
         return next(way for way, wanted in ways.items() if wanted)
 
     def check_use(self, given: set[str]) -> None:
@@ -172,7 +184,9 @@ def open_model(config: SampleConfig) -> TextModel:
     """Return the run's model on its device, in its dtype, sped up for decoding. Raises ValueError."""
     device = pick_device(config.device)
     run = Run.open(config.out_dir)
-    if not run.model_config.causal and not config.fill:
+    if run.model_config.classes and not config.classify:
+        raise ValueError(f"{config.out_dir}: this model is a classifier: give it a text by --classify")
+    if not run.model_config.causal and config.way() not in (FILL, CLASSIFY):
         raise ValueError(f"{config.out_dir}: this model (causal=False) sees the tokens that it would have to predict: "
                          "it can neither continue a text nor score one, but fill its blanks, by --fill")  # fmt: skip
     if run.model_config.n_encoder_layer and (config.score or config.chat or config.fill):
@@ -200,7 +214,7 @@ class Given:
 
     questions: list[Question]  # of --prompt or --prompts
     system: str  # of --system
-    text: str  # of --fill, or of the file of --score
+    text: str  # of --fill or --classify, or of the file of --score
 
 
 def read_input(config: SampleConfig) -> Given:
@@ -210,8 +224,8 @@ def read_input(config: SampleConfig) -> Given:
     else:
         questions = [Question({"prompt": text_or_file(config.prompt, "the prompt")})]
     system = without_last_line_break(text_or_file(config.system, "the system message"))
-    text = read_text(config.score, "text") if config.score else text_or_file(config.fill, "the text with blanks")
-    return Given(questions, system, without_last_line_break(text) if config.fill else text)
+    text = read_text(config.score, "text") if config.score else text_or_file(config.fill or config.classify, "the text")
+    return Given(questions, system, text if config.score else without_last_line_break(text))
 
 
 def without_last_line_break(text: str) -> str:
@@ -364,6 +378,8 @@ def main() -> None:
         write_score(model, given.text, config.score, config.json, config.quantize)
     elif config.fill:
         write_filled(model, given.text, config.json)
+    elif config.classify:
+        write_class(model, given.text, config.json)
     elif config.chat:
         chat(model, given.system, config.stops(), config.max_new_tokens, **config.drawing())
     else:

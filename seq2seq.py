@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from classifier import Classifier
 from model import GPT, MLP, Attention, Block, GPTConfig, Mask, Norm, attention, attention_mask, prepare_mask
 
 
@@ -188,7 +189,9 @@ def cross_mask(documents: Tensor | None, source_documents: Tensor | None, source
 
 
 def model_of(config: GPTConfig) -> GPT:
-    """The network that the config describes: a GPT, or an EncoderDecoder if it has an encoder."""
+    """The network that the config describes: a GPT, or an EncoderDecoder if it has an encoder, or a Classifier."""
+    if config.classes:
+        return Classifier(config)
     return EncoderDecoder(config) if config.n_encoder_layer else GPT(config)
 
 

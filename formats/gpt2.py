@@ -73,7 +73,7 @@ def obstacles(config: GPTConfig) -> list[str]:
     wanted: dict[str, tuple[Any, ...]] = {
         "position": ("learned",), "norm": ("layernorm",), "qk_norm": (False,), "causal": (True,),
         "mlp": ("gelu", "gelu_exact"), "norm_head": (False,), "n_kv_head": (config.n_head,),
-        "head_dim": (config.n_embd // config.n_head,), "sliding_window": (0,),
+        "head_dim": (config.n_embd // config.n_head,), "sliding_window": (0,), "classes": ("",),
     }  # fmt: skip
     return [f"{key}={getattr(config, key)}" for key, good in wanted.items() if getattr(config, key) not in good]
 

@@ -36,7 +36,7 @@ RESUME = "resume"
 COMMANDS = {"pretrain": "train.py", "sft": "finetune.py"}
 
 # Model settings that may differ from those of the run whose weights are used; any other would need other weights.
-MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention")
+MAY_CHANGE = ("dropout", "label_smoothing", "max_z_loss", "attention", "pool")
 # Training settings that a resumed run may not change, since its optimizer state or weights would not fit.
 FIXED = ("objective", "optimizer", "lora_rank", "lora_alpha", "lora_targets")
 
@@ -192,6 +192,9 @@ def adapt(model: GPT, model_config: GPTConfig) -> GPT:
     adapted, weights = model_of(model_config), model.state_dict()
     if "pos_emb.weight" in weights:
         weights["pos_emb.weight"] = weights["pos_emb.weight"][: model_config.block_size]
+    if model_config.classes and not model.config.classes:  # a new classifier has a layer of its own in the head's place
+        new = {name: weight for name, weight in adapted.state_dict().items() if name.startswith("classes.")}
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("head.")} | new
     adapted.load_state_dict(weights)
     return adapted
 

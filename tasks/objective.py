@@ -2,6 +2,7 @@
 
 from model import GPTConfig
 from runs.start import Start
+from tasks.classify import classify_task
 from tasks.masked import masked_task
 from tasks.pretrain import choose_tokenizer, open_corpus, pretraining_task, summary
 from tasks.task import Task, check_model
@@ -16,6 +17,8 @@ def open_task(start: Start, config: TrainConfig, model_config: GPTConfig) -> tup
     model, or the run that it starts from.
     """
     check_model(config.objective, model_config)
+    if config.objective == "classify":
+        return classify_task(start, config, model_config)
     known = start.resumes or start.source
     if config.objective == "translate":
         data = load_translations(config.dataset, model_config.block_size)

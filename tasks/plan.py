@@ -14,6 +14,7 @@ from model import GPTConfig
 from runs.run import unseen_tokens
 from runs.start import Start
 from seq2seq import model_of
+from tasks.classify import classify_task
 from tasks.pretrain import choose_tokenizer
 from tasks.sft import FinetuneConfig, conversation_task, load_conversations, set_length
 from tasks.task import dataset_folder
@@ -89,7 +90,11 @@ def plan_pretraining(start: Start, config: TrainConfig, model_config: GPTConfig,
         raise ValueError("--plan counts runs on a corpus, with full rows: leave it out for objective=translate")
     folder = dataset_folder(config.dataset, "meta.json")
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
-    if (folder / "meta.json").is_file():
+    if config.objective == "classify":
+        task, _ = classify_task(start, config, model_config)
+        tokens_per_step = task.tokens_per_step
+        data = f"{config.max_iters / task.steps_per_pass:,.1f} passes over the texts of {folder}"
+    elif (folder / "meta.json").is_file():
         corpus = Corpus(folder)
         choose_tokenizer(corpus, start.resumes or start.source, config.objective, model_config)
         tokens = corpus.num_tokens("train")

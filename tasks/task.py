@@ -32,6 +32,8 @@ def check_model(objective: str, model_config: GPTConfig) -> None:
             f"objective={objective} and n_encoder_layer={model_config.n_encoder_layer} do not go together: translating "
             "needs an encoder, and nothing else has sources for it to read"
         )
+    if model_config.classes and objective != "classify":
+        raise ValueError(f"objective={objective} needs a model with a head, and this run is a classifier")
     if objective == "masked" and model_config.causal:
         raise ValueError("objective=masked finds tokens from those on both sides: it needs --causal=False")
     if objective in ("pretrain", "sft") and not model_config.causal:

@@ -2,11 +2,15 @@
 
 import json
 import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 WINDOWS = [{"position": position, "sliding_window": 3} for position in ("rope", "alibi")]
+SIZES = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=48", "--device=cpu"]  # of small runs
 LOSS_OPTIONS = [{}, {"label_smoothing": 0.1}, {"max_z_loss": 0.01}, {"label_smoothing": 0.2, "max_z_loss": 0.1}]
 
 
@@ -24,6 +28,16 @@ def tokens(B, T, seed=2):
 
 def assert_close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def make_run(main, name: str, folder: Path, *options: object) -> Path:
+    """The folder of a small run, made by the real command in this process."""
+    (folder / "empty.py").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [name, folder / "empty.py", f"--out_dir={folder / 'run'}", *options]
+        patch.setattr(sys, "argv", list(map(str, arguments)))
+        main()
+    return folder / "run"
 
 
 def error_of(done: subprocess.CompletedProcess) -> str:

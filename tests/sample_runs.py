@@ -13,21 +13,11 @@ import finetune
 import sample as sample_module
 import train
 from common import cli
+from tests.helpers import SIZES, make_run
 from text.corpus import write_corpus
 from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
-SIZES = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=48", "--device=cpu"]
-
-
-def make_run(main, name: str, folder: Path, *options: object) -> Path:
-    """The folder of a small run, made by the real command in this process."""
-    (folder / "empty.py").write_text("")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = [name, folder / "empty.py", f"--out_dir={folder / 'run'}", *options]
-        patch.setattr(sys, "argv", list(map(str, arguments)))
-        main()
-    return folder / "run"
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +54,7 @@ def sample(trained, capsys, monkeypatch):
     """sample.py's command in this process, as its last lines run it (a new process each would take a minute)."""
 
     def command(*options: object, run: Path = trained, typed: list[str] | None = None) -> subprocess.CompletedProcess:
-        generates = not any(option.startswith(("--score", "--fill")) for option in options)
+        generates = not any(option.startswith(("--score", "--fill", "--classify")) for option in options)
         length = ("--max_new_tokens=40",) if generates else ()
         monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={run}", *length, *options])
         if typed is not None:

@@ -8,8 +8,7 @@ import torch
 import train
 from decoding.fill import blank_tokens, likeliest
 from runs.run import Run
-from tests.helpers import error_of, json_lines
-from tests.sample_runs import SIZES, make_run
+from tests.helpers import SIZES, error_of, json_lines, make_run
 from text.tokenizer import MASK, BPETokenizer, ExtendedTokenizer
 
 pytest_plugins = ("tests.sample_runs",)
@@ -76,7 +75,7 @@ def test_padding_of_the_vocabulary_is_never_shown(tiny_gpt):
         ([f"--fill={MASK}", "--max_new_tokens=5"], "--max_new_tokens has no effect with --fill"),
         ([f"--fill={MASK}", "--prompt=a"], "--prompt has no effect with --fill"),
         ([f"--fill=Zebra {MASK}"], "character 'Z'"),
-        (["--fill=FILE:nowhere"], "cannot read the file of the text with blanks nowhere"),
+        (["--fill=FILE:nowhere"], "cannot read the file of the text nowhere"),
         (["--prompt=the"], "but fill its blanks, by --fill"),
     ],
 )

@@ -11,8 +11,7 @@ from model import GPT, IGNORE, GPTConfig
 from runs.run import Run
 from tasks.masked import Hiding, masked_task
 from tasks.plan import plan_pretraining
-from tests.helpers import POSITIONS, assert_close
-from tests.sample_runs import make_run
+from tests.helpers import POSITIONS, assert_close, make_run
 from text.corpus import Corpus
 from text.tokenizer import MASK, CharTokenizer, ExtendedTokenizer, load_tokenizer, with_special_tokens
 from training.config import TrainConfig

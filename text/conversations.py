@@ -70,7 +70,7 @@ def read_conversations(
     """
     left_out = LeftOut() if left_out is None else left_out
     empty = True
-    for place, row in _rows(Path(path)):
+    for place, row in rows_of(Path(path)):
         empty = False
         try:
             if isinstance(row, BadConversation):
@@ -87,7 +87,7 @@ def read_conversations(
         raise ValueError(f"{path} holds no conversation")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
+def rows_of(path: Path) -> Iterator[tuple[str, object]]:
     """Yield (place, content) of each row; the content is a BadConversation, not raised, if the row is not JSON."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the files in it")

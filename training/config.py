@@ -11,7 +11,7 @@ class TrainConfig:
     out_dir: UserPath = "out/pydocs"  # the run's folder: config, tokenizer, log, checkpoints
     dataset: UserPath = "pydocs"  # a prepared corpus: a folder under data/, or any path
     init_from: UserPath = "scratch"  # scratch | resume (continue out_dir) | a run's folder (start from its weights)
-    objective: Literal["pretrain", "masked", "translate"] = "pretrain"  # what is learned: tasks/objective.py
+    objective: Literal["pretrain", "masked", "translate", "classify"] = "pretrain"  # what is learned: see tasks/
     seed: int = 1337  # decides initial weights, batches and dropout
     batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per step, over all processes together

@@ -219,7 +219,8 @@ def flops_per_token(model: GPT, T: int | None = None) -> int:
     """
     config = model.config
     weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("_emb.weight"))
-    weights += config.vocab_size * config.n_embd if config.tie_embeddings else 0  # tied: used as the head
+    tied = config.tie_embeddings and not config.classes  # used as the head, which a classifier lacks
+    weights += config.vocab_size * config.n_embd if tied else 0
     return 6 * weights + attention_flops(config, T or config.block_size)
 
 

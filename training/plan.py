@@ -257,7 +257,8 @@ def count_passes(job: Job, n_layer: int, keeps_gradients: bool = True) -> tuple[
         live.peak = live.now
         with autocast(torch.device("cpu"), job.dtype):  # fake tensors of a GPU would need a PyTorch with CUDA
             source = {"source": idx} if job.model.n_encoder_layer else {}
-            _, loss = model(idx=idx, targets=idx, target_count=1, **source)
+            targets = idx[:, 0] if job.model.classes else idx
+            _, loss = model(idx=idx, targets=targets, target_count=1, **source)
         loss.backward()
         return marks["kept"] - base, marks["head"] - marks["kept"], max(live.peak, marks["before"], marks["head"])
 
@@ -301,7 +302,8 @@ def watch_head(model: GPT, live: Live) -> dict[str, int]:
         marks["head"] = live.peak
         live.peak = live.now
 
-    model.norm.register_forward_hook(begin)
+    last = model.blocks[-1] if model.config.post_norm else model.norm
+    last.register_forward_hook(begin)
     return marks
 
 

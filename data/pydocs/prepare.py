@@ -22,15 +22,15 @@ HERE = Path(__file__).resolve().parent
 MIN_WORDS = 8
 
 
-def pydocs() -> list[str]:
-    """Return all documents, without duplicates."""
+def pydocs(min_words: int = MIN_WORDS) -> list[str]:
+    """Return all documents with that many words, without duplicates: a title, an empty line, the text."""
     documents = {}
     for source in (topics(), docstrings()):
         for title, text in source:
             paragraphs = inspect.cleandoc(text.translate(ASCII)).split("\n\n")
             text = "\n\n".join(paragraph.rstrip() for paragraph in paragraphs if PLAIN.fullmatch(paragraph))
             title = title.translate(ASCII)
-            if len(text.split()) >= MIN_WORDS and PLAIN.fullmatch(title):
+            if len(text.split()) >= min_words and PLAIN.fullmatch(title):
                 documents.setdefault(text, f"{title}\n\n{text}\n")
     return list(documents.values())
 
