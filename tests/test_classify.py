@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import train
+from bench import classify as bench
 from classifier import Classifier, class_names
 from data.pydocs.prepare import pydocs
 from data.pydocs_kinds.prepare import MIN_WORDS, kinds
@@ -261,6 +263,15 @@ def test_a_classifier_does_nothing_else_and_nothing_else_classifies(sample, find
     assert "--seed has no effect with --classify" in error_of(sample("--classify=fox", "--seed=1", run=finder))
     config = Run.open(finder).model_config
     assert "classes=dog,fox,neither" in type_of(config)[1] and "classes=dog,fox,neither" in obstacles(config)
+
+
+def test_the_benchmark_compares_with_a_bag_of_words(finder, animals, corpus_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", str(finder), f"--dataset={animals}", f"--corpus={corpus_folder}"])
+    bench.main()
+    header, _, commonest, bag, run = capsys.readouterr().out.splitlines()
+    assert "| all 40 | balanced |" in header and "| 35.0% | 33.3% |" in commonest  # 14 of 40, one class of three
+    assert bag.startswith("| bag of words: ") and "| 100.0% | 100.0% |" in bag  # a word tells
+    assert f"| {log(finder)[-1]['val_accuracy']:.1%} | " in run
 
 
 def test_a_plan_counts_the_classifiers_weights_and_steps(masked, animals):

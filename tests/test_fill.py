@@ -1,14 +1,17 @@
 """sample.py --fill: the likeliest tokens for the blanks of a text, from the text on both sides."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 import train
+from bench import cloze
 from decoding.fill import blank_tokens, likeliest
 from runs.run import Run
 from tests.helpers import SIZES, error_of, json_lines, make_run
+from text.corpus import Corpus
 from text.tokenizer import MASK, BPETokenizer, ExtendedTokenizer
 
 pytest_plugins = ("tests.sample_runs",)
@@ -85,3 +88,34 @@ def test_what_cannot_be_filled_is_told_in_one_line(sample, masked, options, sent
 
 def test_a_model_that_predicts_the_next_token_fills_no_blanks(sample, trained):
     assert "--fill needs a masked model" in error_of(sample(f"--fill=the {MASK}", run=trained))
+
+
+@torch.no_grad()
+def test_the_benchmark_gives_both_models_the_same_blanks(masked, trained, corpus_folder, monkeypatch, capsys):
+    corpus, models = Corpus(corpus_folder), {name: Run.open(run) for name, run in (("m", masked), ("c", trained))}
+    windows, places = cloze.choose_blanks(corpus, 48, 40)
+    found = {name: cloze.ranks(run, windows, places) for name, run in models.items()}
+    for i, (row, place) in enumerate(zip(windows, places.tolist(), strict=True)):
+        hidden = row.clone()
+        hidden[place] = models["m"].tokenizer.special_tokens[MASK]
+        looks = {"m": models["m"].load_model()(hidden[None])[0][0, place, : corpus.vocab_size + 1],
+                 "c": models["c"].load_model()(row[None, :place])[0][0, -1]}  # fmt: skip
+        for name, logits in looks.items():
+            assert found[name][i] == (logits.argsort(descending=True) == row[place]).nonzero().item()
+    command = ["cloze.py", f"--masked={masked}", f"--causal={trained}", f"--dataset={corpus_folder}", "--count=40"]
+    monkeypatch.setattr(sys, "argv", command)
+    cloze.main()
+    table = capsys.readouterr().out
+    for name, kind in (("m", "masked"), ("c", "causal")):
+        assert f"| any token | 40 | {kind} | {(found[name] == 0).double().mean():.1%} |" in table
+    monkeypatch.setattr(sys, "argv", [*command, f"--causal={masked}"])
+    with pytest.raises(ValueError, match="--causal one with causal=True"):
+        cloze.main()
+
+
+def test_a_whole_word_begins_with_a_space_and_ends_where_no_letter_follows(vocabularies):
+    tokenizer = BPETokenizer(next(iter(vocabularies.values())))
+    (the,), (comma,), (letter,) = (tokenizer.encode(text) for text in (" the", ",", "s"))
+    windows = torch.tensor([[comma, the, comma], [comma, the, letter], [comma, letter, comma], [comma, comma, the]])
+    words = cloze.whole_words(windows, torch.tensor([1, 1, 1, 2]), tokenizer)
+    assert words.tolist() == [True, False, False, False]

@@ -1,6 +1,7 @@
 """Labelled texts: train.jsonl and val.jsonl in a folder, an object with `text` and `label` per line."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,4 +82,4 @@ def write_labelled(folder: Path, rows: Iterable[tuple[str, Labelled]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, texts in splits.items():
         write_whole(folder / f"{split}.jsonl", "\n".join(json.dumps(text._asdict()) for text in texts))
-    print(f"{folder}: {', '.join(f'{len(texts):,} {split} texts' for split, texts in splits.items())}")
+    print(f"{os.path.relpath(folder)}: {', '.join(f'{len(texts):,} {split} texts' for split, texts in splits.items())}")
