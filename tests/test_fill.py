@@ -55,16 +55,19 @@ def test_a_space_before_a_blank_belongs_to_the_word_in_it(vocabularies):
     base = BPETokenizer(next(iter(vocabularies.values())))
     tokenizer = ExtendedTokenizer(base, [MASK])
     mask, around = base.vocab_size, ([] if base.eot_id is None else [base.eot_id])
-    tokens = blank_tokens(tokenizer, f"Return the {MASK} of {MASK}({MASK})")
+    tokens, fits = blank_tokens(tokenizer, f"Return the {MASK} of {MASK}({MASK})")
     words = [base.encode(text) for text in ("Return the", " of", "(", ")")]
     assert tokens == [*around, *words[0], mask, *words[1], mask, *words[2], mask, *words[3], *around]
+    (spaced,), (plain, *_) = tokenizer.encode(" the"), tokenizer.encode("self")
+    assert fits[:, spaced].tolist() == [True, True, False] and fits[:, plain].tolist() == [False, False, True]
+    assert fits.shape == (3, tokenizer.vocab_size)
 
 
 def test_padding_of_the_vocabulary_is_never_shown(tiny_gpt):
     model = tiny_gpt(causal=False)
     with torch.no_grad():
         model.head.weight[20:] += 100 * model.head.weight[3]
-    (guesses,) = likeliest(model, [1, 22, 3], 22, vocab_size=20, count=99)
+    (guesses,) = likeliest(model, [1, 22, 3], 22, torch.ones(1, 20, dtype=torch.bool), count=99)
     assert sorted(guess.id for guess in guesses) == list(range(20))
     assert sum(guess.probability for guess in guesses) == pytest.approx(1)
 
