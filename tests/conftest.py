@@ -41,6 +41,13 @@ def tiny_encoding(tmp_path_factory):
         yield "tiny"
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Runs of this process draw no loss.svg: hundreds of them would take a minute. test_plot.py tests that they do."""
+    if request.module.__name__.rpartition(".")[2] != "test_plot":
+        monkeypatch.setattr("runs.start.can_draw", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory):
     """A small prepared corpus: sentences over a few words, characters, with end-of-text tokens."""

@@ -41,11 +41,11 @@ def interrupt_evaluation(patch: pytest.MonkeyPatch, at_step: int) -> None:
     patch.setattr(train, "evaluate", watched)
 
 
-@pytest.mark.parametrize("step", [0, 4, 12])
-@pytest.mark.parametrize("option", ["--always_save_checkpoint=True", "--always_save_checkpoint=False"])
+@pytest.mark.parametrize("step, option", [(0, "True"), (4, "False"), (12, "False"), (12, "True")])
 def test_a_signal_in_an_evaluation_saves_at_once_and_resuming_is_never_having_stopped(
     command, monkeypatch, capsys, step, option
 ):
+    option = f"--always_save_checkpoint={option}"
     whole = command("whole", option)
     for option_now in (option, "--init_from=resume"):  # stopped twice, in the same evaluation
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
