@@ -95,7 +95,7 @@ def new_run(start: Start, config: TrainConfig, sft: FinetuneConfig, model_config
         lora, base_checkpoint = start.resumes.lora, start.resumes.base_checkpoint
     settings = asdict(config) | asdict(sft)
     run = Run(Path(config.out_dir), model_config, settings, "sft", True, lora, base_checkpoint)
-    return run.with_template_of(start.resumes or start.source)
+    return run.with_template_of(start.known)
 
 
 def about(data: Conversations, config: TrainConfig, trained: int, source: Path) -> list[str]:
@@ -113,7 +113,7 @@ def main() -> None:
     start, config, sft, model_config = configure(argv)
     if options.plan:
         return print(plan_finetuning(start, config, sft, model_config, options))
-    template = (start.resumes or start.source).template()
+    template = start.known.template()
     data = load_conversations(config.dataset, template, model_config.block_size)
     process = start_process(config.device, config.dtype, config.gradient_accumulation_steps, config.parallel)
     try:

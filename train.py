@@ -87,9 +87,8 @@ class Trainer:
             self.scaler.load_state_dict(self.state["scaler"])
         self.evaluator: Any = prepare(model, config, task.fixed_shapes)
         self.network: Any = self.evaluator  # has no_sync if it is data-parallel
-        if process.world_size > 1 and not is_sharded(
-            model
-        ):  # the gradients are views of the buckets that are exchanged, not copies
+        if process.world_size > 1 and not is_sharded(model):
+            # The gradients are views of the buckets that are exchanged, not copies
             self.network = DistributedDataParallel(self.evaluator, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False  # they are constants
         self.prefetch = Prefetcher(self.read_batches, config.max_iters, process.device)

@@ -110,10 +110,8 @@ def check_int8(device: torch.device, dtype: torch.dtype) -> None:
 def next_step(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """Return a function that reads one token per row, (B, 1), adds it to the cache, and returns logits (B, 1, V)."""
     room = cache.k.size(3) - cache.used
-    recordable = (
-        cache.k.device.type == "cuda" and not model._forward_pre_hooks
-    )  # such as gather a sharded model's weights
-    if recordable and room >= WORTH_RECORDING:
+    hooked = bool(model._forward_pre_hooks)  # such as gather a sharded model's weights: no graph can record them
+    if cache.k.device.type == "cuda" and not hooked and room >= WORTH_RECORDING:
         return GraphedStep(model, cache)
     return lambda idx: read_tokens(model, idx, cache=cache)
 

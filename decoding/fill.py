@@ -58,6 +58,11 @@ def likeliest(model: GPT, tokens: list[int], mask_id: int, fits: Tensor, count: 
     return [[Guess(*guess) for guess in zip(*row, strict=True)] for row in rows]
 
 
+def spelled(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, in which bytes that are no character become U+FFFD."""
+    return tokenizer.bytes_of(token).decode(errors="replace")
+
+
 def write_filled(model: TextModel, text: str, as_json: bool) -> None:
     """Print the text with its blanks filled by the likeliest tokens, and the likeliest ones for each blank.
 
@@ -74,17 +79,16 @@ def write_filled(model: TextModel, text: str, as_json: bool) -> None:
         raise ValueError(f"the text has {len(tokens)} tokens, and the model sees {model.block_size}: shorten it")
     blanks = likeliest(model.gpt, tokens, mask_id, fits)
 
-    def spelled(token: int) -> str:
-        return tokenizer.bytes_of(token).decode(errors="replace")
-
     best = iter([guesses[0].id for guesses in blanks])
     inner = tokens[start_id(tokenizer) is not None : len(tokens) - (tokenizer.eot_id is not None)]
     filled = tokenizer.decode(next(best) if token == mask_id else token for token in inner)
     if as_json:
-        found = [[{"token": id, "text": spelled(id), "probability": p} for id, p in guesses] for guesses in blanks]
+        found = [
+            [{"token": id, "text": spelled(tokenizer, id), "probability": p} for id, p in guesses] for guesses in blanks
+        ]
         print(json.dumps({"text": text, "filled": filled, "blanks": found}))
         return
     show(filled)
     for number, guesses in enumerate(blanks, start=1):
-        words = [f"{p:6.1%} {json.dumps(spelled(id), ensure_ascii=False)}" for id, p in guesses]
+        words = [f"{p:6.1%} {json.dumps(spelled(tokenizer, id), ensure_ascii=False)}" for id, p in guesses]
         show(f"blank {number}: {'  '.join(words)}")

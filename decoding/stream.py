@@ -102,10 +102,14 @@ def choose(
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
 
 
-def padded(rows: Iterable[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Token lists as one right-padded tensor (B, T), and their lengths."""
-    lengths = [len(row) for row in rows]
-    return torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], device=device), lengths
+def padded(rows: Iterable[Sequence[int]], fill: int = 0, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Token lists as one tensor (B, T), padded on the right with `fill`; and which tokens are real, (B, T).
+
+    T is the longest row's length, rounded up to a multiple of `multiple`.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    T = -(-int(lengths.max()) // multiple) * multiple
+    return torch.tensor([[*row, *[fill] * (T - len(row))] for row in rows]), torch.arange(T) < lengths[:, None]
 
 
 def split_sources(model: GPT, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -133,13 +137,12 @@ def read(
     weight, number = model.tok_emb.weight, {}
     pairs = zip(map(tuple, sources), map(tuple, windows), strict=True)
     rows = [number.setdefault(pair, len(number)) for pair in pairs]
-    idx, lengths = padded([window for _, window in number], weight.device)
+    idx, real = padded([window for _, window in number])
     cache = KVCache(model.config, len(number), idx.size(1), weight.device, weight.dtype)
     if isinstance(model, EncoderDecoder):
-        source, counts = padded([source for source, _ in number], weight.device)
-        real = torch.arange(source.size(1)) < torch.tensor(counts)[:, None]  # (B, S)
-        cache.memory = model.remember(source, None if real.all() else real.to(weight.device))
-    logits = read_tokens(model, idx, cache=cache.expect(lengths=lengths), last_only=True)
+        source, given = padded([source for source, _ in number])
+        cache.memory = model.remember(source.to(weight.device), None if given.all() else given.to(weight.device))
+    logits = read_tokens(model, idx.to(weight.device), cache=cache.expect(lengths=real.sum(1).tolist()), last_only=True)
     rows = torch.tensor(rows, device=weight.device)
     return logits[rows, -1], cache.regroup(rows.view(-1, side_by_side), room)
 

@@ -61,12 +61,17 @@ class Start:
     notes: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
 
+    @property
+    def known(self) -> Run | None:
+        """The run whose config and tokenizer go on: the one resumed, or else the one that the weights come from."""
+        return self.resumes or self.source
+
     def configs(self, given: dict, *classes: type) -> list:
         """Return one instance of each config class: the given values, else those of the run resumed or started from.
 
         given: from `read_arguments`. Raises ValueError if a value does not fit the weights or the optimizer state.
         """
-        known = self.resumes or self.source
+        known = self.known
         if known is None:
             return build(given, *classes)
         base = asdict(known.model_config) | (known.settings if self.resumes else {})

@@ -1,4 +1,4 @@
-"""Verify every file of runs and of corpora against its checksum.
+"""Verify every file of runs and of prepared data (corpora, conversations, pairs) against its checksum.
 
     python -m runs.verify out/pydocs data/pydocs
 
@@ -14,9 +14,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common.files import read_json
 from runs.checkpoint import read_state, verify
 from runs.run import Run
+from text.conversations import FORMAT as CONVERSATIONS
+from text.conversations import open_conversations
 from text.corpus import META, Corpus
+from text.pairs import FORMAT as PAIRS
+from text.pairs import open_pairs
 from training.log import check_log
 
 
@@ -36,8 +41,16 @@ def problems_of_run(folder: Path) -> list[str]:
     return found + (problems_of_run(folder / "base") if run.lora else [])
 
 
-def problems_of_corpus(folder: Path) -> list[str]:
-    """Return what is wrong with a prepared corpus: its meta.json, token files and tokenizer."""
+def problems_of_data(folder: Path) -> list[str]:
+    """Return what is wrong with prepared data of any kind: a corpus, conversations, or pairs."""
+    try:
+        kind = dict(read_json(folder / META, "a data set")).get("format")
+    except (ValueError, TypeError):
+        kind = None  # the reader of a corpus says what is wrong with its meta.json
+    if kind == PAIRS["format"]:
+        return problems(lambda: open_pairs(folder))
+    if kind == CONVERSATIONS["format"]:
+        return problems(lambda: open_conversations(folder))
     return problems(lambda: Corpus(folder).verify()) + problems(lambda: Corpus(folder).tokenizer)
 
 
@@ -53,11 +66,11 @@ def problems(check: Callable[[], object]) -> list[str]:
 def main() -> None:
     folders = [Path(name) for name in sys.argv[1:]]
     if not folders or any(str(folder).startswith("-") for folder in folders):
-        print("usage: python -m runs.verify FOLDER ...      (runs and prepared corpora)")
+        print("usage: python -m runs.verify FOLDER ...      (runs and prepared data)")
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     damaged = 0
     for folder in folders:
-        found = problems_of_corpus(folder) if (folder / META).exists() else problems_of_run(folder)
+        found = problems_of_data(folder) if (folder / META).exists() else problems_of_run(folder)
         for problem in dict.fromkeys(found):  # a damaged meta.json is found twice
             print(f"error: {problem}", file=sys.stderr)
         damaged += bool(found)

@@ -13,12 +13,12 @@ from torch import Tensor
 from classifier import class_names
 from common.spread import evenly
 from decoding.classify import document_tokens
+from decoding.stream import padded
 from model import GPT, GPTConfig
 from runs.start import Start
 from tasks.packing import MULTIPLE
-from tasks.task import Task, dataset_folder
+from tasks.task import Task, batch_starts, dataset_folder, draw_examples
 from text.labelled import Texts, read_labelled
-from text.order import drawn
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
 
@@ -31,7 +31,7 @@ def classify_task(start: Start, config: TrainConfig, model_config: GPTConfig) ->
 
     Raises ValueError for data that is missing or wrong, or without a run to start from, or one of another kind.
     """
-    known = start.resumes or start.source
+    known = start.known
     if known is None:
         raise ValueError("objective=classify begins with a trained model: name its run, as in "
                          "--init_from=out/bert_pydocs")  # fmt: skip
@@ -49,14 +49,11 @@ def classify_task(start: Start, config: TrainConfig, model_config: GPTConfig) ->
     whole = config.batch_size * config.gradient_accumulation_steps
 
     def batch(step: int, rows: slice) -> dict[str, Tensor]:
-        numbers, _ = drawn(config.seed, range(step * whole, (step + 1) * whole)[rows], len(train))
-        return collate([train[i] for i in numbers])
+        return collate(draw_examples(train, step, rows, config))
 
     def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
-        starts = range(0, len(val), config.batch_size)
-        chosen = evenly(config.eval_iters or len(starts), len(starts))
-        for i in chosen[rank::world_size]:
-            yield collate(val[starts[i] : starts[i] + config.batch_size])
+        for start in batch_starts(len(val), config.batch_size, rank, world_size, config.eval_iters):
+            yield collate(val[start : start + config.batch_size])
 
     task = Task(
         batch=batch,
@@ -92,11 +89,8 @@ def make_examples(texts: Texts, split: str, tokenizer: Tokenizer, block_size: in
 
 def collate(examples: list[Example]) -> dict[str, Tensor]:
     """A batch: idx and padding (B, T), True at real tokens, and targets (B,)."""
-    lengths = torch.tensor([len(tokens) for tokens, _ in examples])
-    T = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
-    idx = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in examples])
-    targets = torch.tensor([label for _, label in examples])
-    return {"idx": idx, "padding": torch.arange(T) < lengths[:, None], "targets": targets}
+    idx, real = padded([tokens for tokens, _ in examples], multiple=MULTIPLE)
+    return {"idx": idx, "padding": real, "targets": torch.tensor([label for _, label in examples])}
 
 
 @torch.inference_mode()

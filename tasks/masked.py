@@ -8,11 +8,13 @@ The mask token is added to the tokenizer of the run: the corpus need not be prep
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.fill import spelled
 from model import GPT, IGNORE, GPTConfig
 from tasks.task import Task
 from text.corpus import Corpus
@@ -112,12 +114,9 @@ def preview_found(model: GPT, batch: dict[str, Tensor], tokenizer: Tokenizer) ->
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "targets"}
     guesses = model(**inputs)[0][..., : tokenizer.vocab_size].argmax(-1).cpu()
 
-    def spelled(token: int) -> str:
-        return tokenizer.bytes_of(token).decode(errors="replace")
-
-    text = ""
+    spell, text = partial(spelled, tokenizer), ""
     for token, guess, target in zip(*(x[0].tolist() for x in (batch["idx"], guesses, targets)), strict=True):
-        wrong = f"[{spelled(guess)}|{spelled(target)}]" if target != IGNORE else spelled(token)
-        text += f"[{spelled(guess)}]" if guess == target else wrong
+        wrong = f"[{spell(guess)}|{spell(target)}]" if target != IGNORE else spell(token)
+        text += f"[{spell(guess)}]" if guess == target else wrong
     hidden, right = int((targets != IGNORE).sum()), int((guesses == targets).sum())
     return f"{text}\n{right} of {hidden} hidden tokens found; above, as [guess], or as [guess|truth] where it is wrong"

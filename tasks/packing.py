@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.spread import evenly
 from model import IGNORE
+from tasks.task import batch_starts
 from text.chat import Message, Template
 from text.order import drawn
 
@@ -141,11 +141,8 @@ class Rows:
         All batches have the same number of rows, so that a compiled model is compiled once for it: empty rows, in which
         no target is counted, fill up the last batch.
         """
-        starts = list(range(0, len(self.rows), batch_size))
-        if limit:
-            starts = [starts[i] for i in evenly(limit, len(starts))]
         B = min(batch_size, len(self.rows))
-        for start in starts[rank::world_size]:
+        for start in batch_starts(len(self.rows), batch_size, rank, world_size, limit):
             rows = self.rows[start : start + B]
             yield self.collate(rows + [[]] * (B - len(rows)))
 

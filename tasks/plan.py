@@ -96,7 +96,7 @@ def plan_pretraining(start: Start, config: TrainConfig, model_config: GPTConfig,
         data = f"{config.max_iters / task.steps_per_pass:,.1f} passes over the texts of {folder}"
     elif (folder / "meta.json").is_file():
         corpus = Corpus(folder)
-        choose_tokenizer(corpus, start.resumes or start.source, config.objective, model_config)
+        choose_tokenizer(corpus, start.known, config.objective, model_config)
         tokens = corpus.num_tokens("train")
         data = f"{config.max_iters * tokens_per_step / tokens:,.1f} passes over the {tokens:,} of {folder}"
     elif model_config.vocab_size:
@@ -114,7 +114,7 @@ def plan_finetuning(
     start: Start, config: TrainConfig, sft: FinetuneConfig, model_config: GPTConfig, options: PlanOptions
 ) -> str:
     """The plan of a run of finetune.py; without its conversations, only if max_iters says how long it is."""
-    known = start.resumes or start.source
+    known = start.known
     template = known.template()
     model_config = replace(model_config, vocab_size=max(model_config.vocab_size, template.tokenizer.vocab_size))
     lora = start.resumes.lora if start.resumes else None

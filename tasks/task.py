@@ -1,14 +1,20 @@
-"""What a task is, and where its data lies."""
+"""What a task is, where its data lies, and how examples become batches."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
+from common.spread import evenly
 from model import GPT, GPTConfig
+from text.order import drawn
 from text.tokenizer import Tokenizer
+from training.config import TrainConfig
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -23,6 +29,22 @@ class Task:
     fixed_shapes: bool  # whether all training batches have one shape, and all validation batches
     tokenizer: Tokenizer
     preview: Callable[[GPT], str]  # what to show of the model as it is now, at every sample_interval
+
+
+def draw_examples(examples: Sequence[Item], step: int, rows: slice, config: TrainConfig) -> list[Item]:
+    """The examples in these rows of the step's batch: a pass takes each of them once, in an order of its own."""
+    whole = config.batch_size * config.gradient_accumulation_steps
+    numbers, _ = drawn(config.seed, range(step * whole, (step + 1) * whole)[rows], len(examples))
+    return [examples[i] for i in numbers]
+
+
+def batch_starts(count: int, batch_size: int, rank: int, world_size: int, limit: int = 0) -> list[int]:
+    """Where a process's share of the validation batches begins, of `count` rows in order: every world_size-th batch.
+
+    limit: if above 0, at most so many batches over all processes, evenly spread.
+    """
+    starts = range(0, count, batch_size)
+    return [starts[i] for i in evenly(limit or len(starts), len(starts))][rank::world_size]
 
 
 def check_model(objective: str, model_config: GPTConfig) -> None:

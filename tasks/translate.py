@@ -7,14 +7,12 @@ The encoder reads the source. The decoder reads <|endoftext|> and the target, an
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from common.spread import evenly
-from decoding.stream import generate
+from decoding.stream import generate, padded
 from model import GPT, IGNORE, GPTConfig
-from tasks.task import Task, dataset_folder
-from text.order import drawn
+from tasks.task import Task, batch_starts, dataset_folder, draw_examples
 from text.pairs import Pair, Pairs, open_pairs
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
@@ -67,14 +65,9 @@ def make_example(tokenizer: Tokenizer, pair: Pair) -> Example:
 
 def collate(examples: list[Example], eot_id: int) -> dict[str, Tensor]:
     """The keyword arguments of EncoderDecoder.forward for some pairs, padded on the right."""
-    S, T = max(len(e.source) for e in examples), max(len(e.target) for e in examples)
-    source, idx = torch.zeros(len(examples), S, dtype=torch.long), torch.zeros(len(examples), T, dtype=torch.long)
-    targets = torch.full_like(idx, IGNORE)
-    for i, example in enumerate(examples):
-        source[i, : len(example.source)] = torch.tensor(example.source)
-        idx[i, : len(example.target)] = torch.tensor([eot_id, *example.target[:-1]])
-        targets[i, : len(example.target)] = torch.tensor(example.target)
-    real = torch.arange(S) < torch.tensor([len(e.source) for e in examples])[:, None]
+    source, real = padded([example.source for example in examples])
+    idx, _ = padded([[eot_id, *example.target[:-1]] for example in examples])
+    targets, _ = padded([example.target for example in examples], fill=IGNORE)
     return {"idx": idx, "targets": targets, "source": source, "source_padding": real}
 
 
@@ -85,16 +78,12 @@ def translation_task(data: Translations, config: TrainConfig, model_config: GPTC
     tokenizer, whole = data.pairs.tokenizer, config.batch_size * config.gradient_accumulation_steps
 
     def batch(step: int, rows: slice) -> dict[str, Tensor]:
-        numbers = range(step * whole, (step + 1) * whole)[rows]
-        chosen, _ = drawn(config.seed, numbers, len(data.train))
-        return collate([data.train[i] for i in chosen], tokenizer.eot_id)
+        return collate(draw_examples(data.train, step, rows, config), tokenizer.eot_id)
 
     def validation(rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
         B = config.batch_size
-        starts = range(0, len(data.val), B)
-        chosen = evenly(config.eval_iters or len(starts), len(starts))
-        for i in chosen[rank::world_size]:
-            yield collate(data.val[starts[i] : starts[i] + B], tokenizer.eot_id)
+        for start in batch_starts(len(data.val), B, rank, world_size, config.eval_iters):
+            yield collate(data.val[start : start + B], tokenizer.eot_id)
 
     size = sum(len(tokenizer.decode(e.target[:-1]).encode()) for e in data.val)
     per_pair = sum(len(e.source) + len(e.target) for e in data.train) / len(data.train)

@@ -15,6 +15,9 @@ from runs import checkpoint, verify
 from runs.run import Run
 from tests import test_train
 from tests.test_train import ROOT, RUN, final_files, log
+from text.conversations import write_conversations
+from text.pairs import write_pairs
+from text.tokenizer import CharTokenizer
 from training.device import Process
 from training.interrupt import Interrupted, until_interrupted
 
@@ -216,6 +219,19 @@ def test_one_changed_byte_anywhere_in_a_run_or_a_corpus_is_named(command, corpus
     place = chaos.Place(tmp_path, seed=1)
     (row,) = chaos.flips(place, 40)
     assert row.endswith("| 0 |"), row
+
+
+def test_verify_knows_every_kind_of_prepared_data(tmp_path, capsys):
+    talk, pairs = tmp_path / "talk", tmp_path / "pairs"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write_conversations(talk, [("train", messages), ("val", messages)])
+    write_pairs(pairs, {"train": [("a", "b")], "val": [("b", "a")]}, CharTokenizer("ab", eot=True))
+    for folder in (talk, pairs):
+        assert verify.problems_of_data(folder) == []
+        path = folder / "val.jsonl"
+        path.write_bytes(path.read_bytes().replace(b"b", b"c", 1))
+        (problem,) = verify.problems_of_data(folder)
+        assert str(path) in problem and "damaged" in problem
 
 
 def test_verify_says_that_all_is_well(command, capsys, monkeypatch, corpus_folder):

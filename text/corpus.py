@@ -38,18 +38,10 @@ if TYPE_CHECKING:  # torch takes seconds and much memory to import, so the worke
 META = "meta.json"
 FORMAT = {"format": "plaingpt-corpus"}
 VERSIONS = (1, 2)  # 2: a split in shards, which the first version did not have
-KEYS = {
-    *FORMAT,
-    "version",
-    "dtype",
-    "tokenizer",
-    "vocab_size",
-    "splits",
-    "tokenizer_sha256",
-    "special_tokens_in_text",
-    "part",
-    "preparation",
-}
+KEYS = {  # of meta.json, besides its checksum
+    *FORMAT, "version", "dtype", "tokenizer", "vocab_size", "splits", "tokenizer_sha256", "special_tokens_in_text",
+    "part", "preparation",
+}  # fmt: skip
 IGNORE = -100  # target that the loss ignores: equal to model.IGNORE, which would import torch
 
 # --- writing -----------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from pathlib import Path
 from common.files import read_json
 from common.textfile import check_text, json_values, split_text, text_parts
 from text.conversations import replace_together
+from text.corpus import META
 from text.prepare import add_vocab_size, learned_tokenizer
+from text.shards import SPLITS
 from text.tokenizer import FILE_NAME, Tokenizer, load_tokenizer, tokenizer_from_name
 
-SPLITS = ("train", "val")
-META = "meta.json"
 FORMAT = {"format": "plaingpt-pairs", "version": 1}
 
 VOCAB_SIZE = 8192  # tokens to learn where neither --vocab_size nor --tokenizer is given

@@ -84,7 +84,7 @@ def checkpoint_activations(model: GPT, keep_random_state: bool) -> None:
 
     keep_random_state: whether the second time is to draw the same dropout as the first.
     """
-    for block in model.blocks:
+    for block in (*model.blocks, *getattr(model, "encoder", ())):
         again = {"use_reentrant": False, "preserve_rng_state": keep_random_state}
         block.forward = partial(checkpoint, block.forward, **again)
 

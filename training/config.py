@@ -37,9 +37,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # number of newest checkpoints to keep, besides the best one
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the device is fast at
-    parallel: Literal["ddp", "fsdp"] = (
-        "ddp"  # several processes: each holds the whole model, or some rows of all (fsdp)
-    )
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: each holds the whole model, or a part (fsdp)
     activation_checkpointing: bool = False  # keep only the blocks' inputs, and compute the rest once more going back
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, where it saves more time than it takes
     wandb_log: bool = False  # log to Weights & Biases as well
