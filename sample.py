@@ -74,9 +74,8 @@ READS = {
     BEAMS: ("num_beams", "length_penalty", *TEXTS, *ALWAYS),
     DRAW: ("num_beams", "stop", *DRAWING, *TEXTS, *ALWAYS),
 }
-SWITCHES = (
-    "chat score fill classify json explain prompt prompts system stop num_samples num_beams".split()
-)  # default: off
+# Those whose default means that they are off
+SWITCHES = "chat score fill classify json explain prompt prompts system stop num_samples num_beams".split()
 
 
 @dataclass
@@ -123,15 +122,8 @@ class SampleConfig:
 
     def way(self) -> str:
         """Return how the model is used, as a key of READS."""
-        ways = {
-            CHAT: self.chat,
-            SCORE: self.score,
-            FILL: self.fill,
-            CLASSIFY: self.classify,
-            BEAMS: self.num_beams > 1,
-            DRAW: True,
-        }
-        return next(way for way, wanted in ways.items() if wanted)
+        ways = {CHAT: self.chat, SCORE: self.score, FILL: self.fill, CLASSIFY: self.classify, BEAMS: self.num_beams > 1}
+        return next((way for way, wanted in ways.items() if wanted), DRAW)
 
     def check_use(self, given: set[str]) -> None:
         """Raise ValueError if an option in `given` would have no effect, even if it has its default value."""

@@ -323,7 +323,7 @@ def put_weights(model: GPT, checkpoint: Path, dtype: torch.dtype | None) -> None
 
     Raises ValueError if names or shapes differ.
     """
-    with safe_open(checkpoint / FILES[0], framework="pt") as file:
+    with open_tensors(checkpoint / FILES[0]) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         check_shapes(model, checkpoint, shapes)
         for name in shapes:
