@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,11 @@ def sampled(run, *options):
     return line
 
 
+def one_mark(text):
+    """The text, with one U+FFFD in place of several side by side."""
+    return re.sub("\ufffd+", "\ufffd", text)
+
+
 def test_greedy_text_is_that_of_the_owner(model):
     run = model.run
     assert (run.fine_tuned, run.chat_style) == (model.kind != "gpt2", STYLE[model.kind])
@@ -125,7 +131,8 @@ def test_greedy_text_is_that_of_the_owner(model):
     assert found["tokens"] == expected and len(set(expected)) > 2
     ended = found["finish"] == "eos"
     assert ended == (len(expected) < NEW)
-    assert found["text"] == model.text(expected[:-1] if ended else expected)
+    # sentencepiece writes a U+FFFD for each byte that is no UTF-8, Python one for each broken character.
+    assert one_mark(found["text"]) == one_mark(model.text(expected[:-1] if ended else expected))
 
 
 def test_a_text_has_the_likelihood_that_the_owner_gives_it(model, tmp_path):
