@@ -1,7 +1,7 @@
 # make demo: install, prepare the embedded corpus, train, sample, fine-tune, ask. make test: install, lint, test.
 # make lessons: run the course and redraw its pictures.
 # make install: create the virtual environment .venv. make clean: delete it and the caches, but no corpus and no run.
-# make chaos: kill training, damage its files, fill its disk, and count what is lost, in half an hour.
+# make chaos: kill training, damage its files, fill its disk, and count what is lost, in about 5 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 

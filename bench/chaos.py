@@ -282,7 +282,7 @@ def disks(place: Place, count: int) -> list[str]:
     checkpoint = sum(path.stat().st_size for path in list_checkpoints(half)[-1].iterdir())
     with small_disk(place.folder / "disk") as resize:
         for number in range(count):
-            run, room = place.folder / "disk" / "run", int(checkpoint * 2.5 * number / count)
+            run, room = place.folder / "disk" / "run", int(checkpoint * 1.1 * number / count)
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(half, run)
             if resize:

@@ -4,8 +4,8 @@
     python bench/decode.py --model=out/smollm2
 
 GPT-2's shape, prompts of 16 tokens, greedy and with 4 beams, one prompt and batches; float32 on a CPU, bfloat16 on a
-GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured in the same
-run: no one-row decoder that reads them once per token can be faster.
+GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured in each of
+these turns: no one-row decoder that reads them once per token can be faster.
 """
 
 import argparse
@@ -51,12 +51,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def bandwidth(device: str, numbers: int) -> float:
-    """Bytes per second at which memory is read: so many float32 numbers are summed, the fastest of ten rounds.
+def bandwidth(block: torch.Tensor) -> float:
+    """Bytes per second at which memory is read: the block is summed, the fastest of ten rounds.
 
     A round on a GPU is 20 sums, as the host takes some microseconds to start the first one and to notice the last.
     """
-    block, best, sums = torch.ones(numbers, device=device), 0.0, 1 if device == "cpu" else 20
+    device, best = block.device.type, 0.0
+    sums = 1 if device == "cpu" else 20
     for _ in range(10):
         synchronize(device)
         begin = time.perf_counter()
@@ -110,11 +111,10 @@ def main() -> None:
     bytes8 = speed_up(copy.deepcopy(ours), quantize="int8") if cpu else None
     one, many = speed_up(copy.deepcopy(ours)), speed_up(ours, rows=16)
     numbers = torch.randint(50257, (64, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
-    speed = bandwidth(args.device, 1 << 20 if args.shape == "tiny" else 1 << 28)
-    limit = speed / read
-    print(f"{args.shape} on {args.device}, {str(dtype).removeprefix('torch.')}: {read / 1e6:,.0f} MB of weights; "
-          f"memory gives {speed / 1e9:,.0f} GB/s, so at most {limit:.1f} readings of them per second\n")  # fmt: skip
-    print("| | transformers tok/s | ours tok/s | ratio | of the limit | same tokens |\n|---|---|---|---|---|---|")
+    block = torch.ones(1 << 20 if args.shape == "tiny" else 1 << 28, device=args.device)
+    print(f"{args.shape} on {args.device}, {str(dtype).removeprefix('torch.')}: {read / 1e6:,.0f} MB of weights\n")
+    print("| | transformers tok/s | ours tok/s | ratio | memory GB/s | of the limit | same tokens |")
+    print("|---|---|---|---|---|---|---|")
     for batch, beams in [(1, 1), (1, BEAMS), (16, 1), *([] if cpu else [(64, 1), (16, BEAMS)])]:
         prompts, model = numbers[:batch], one if batch * beams == 1 else many
         rows = prompts.tolist()
@@ -130,27 +130,32 @@ def main() -> None:
                 engines["int8"] = lambda rows=rows: generate(bytes8, rows, args.new, temperature=0)
             if args.nanogpt:
                 engines["nanoGPT"] = nanogpt_engine(args.nanogpt, theirs.state_dict(), shape, prompts, args.new)
-        speeds, texts = measure(engines, batch * args.new, args.repeat, args.device)
+        speeds, texts, speed = measure(engines, batch * args.new, args.repeat, block)
+        limit = speed / read
         same = sum(a == b for x, y in zip(texts["transformers"], texts["ours"], strict=True)
                    for a, b in zip(x, y, strict=True)) / (batch * args.new)  # fmt: skip
         label = f"{'greedy' if beams == 1 else f'{beams} beams'}, batch {batch}"
         base, mine = speeds.pop("transformers"), speeds.pop("ours")
-        print(f"| {label} | {base:.1f} | {mine:.1f} | {mine / base:.2f}x | {mine / batch / limit:.0%} | {same:.0%} |")
-        for name, speed in speeds.items():
-            print(f"| {label}: {name} | | {speed:.1f} | {speed / base:.2f}x | {speed / limit:.0%} | |", flush=True)
+        print(f"| {label} | {base:.1f} | {mine:.1f} | {mine / base:.2f}x | {speed / 1e9:,.0f} "
+              f"| {mine / batch / limit:.0%} | {same:.0%} |", flush=True)  # fmt: skip
+        for name, other in speeds.items():
+            print(f"| {label}: {name} | | {other:.1f} | {other / base:.2f}x | | {other / limit:.0%} | |", flush=True)
 
 
-def measure(engines: dict[str, Callable], count: int, repeat: int, device: str) -> tuple[dict, dict]:
-    """Median tokens per second of each engine, after one run to warm up, and what each generated."""
+def measure(engines: dict[str, Callable], count: int, repeat: int, block: torch.Tensor) -> tuple[dict, dict, float]:
+    """Median tokens per second of each engine, after one run to warm up, what each generated, and the bandwidth."""
     seconds, texts = {name: [] for name in engines}, {name: run() for name, run in engines.items()}
+    device, memory = block.device.type, []
     for _ in range(repeat):
+        memory.append(bandwidth(block))
         for name, run in engines.items():
             synchronize(device)
             begin = time.perf_counter()
             run()
             synchronize(device)
             seconds[name].append(time.perf_counter() - begin)
-    return {name: count / statistics.median(times) for name, times in seconds.items()}, texts
+    speeds = {name: count / statistics.median(times) for name, times in seconds.items()}
+    return speeds, texts, statistics.median(memory)
 
 
 if __name__ == "__main__":

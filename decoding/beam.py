@@ -5,7 +5,7 @@ Notable: a prompt and all its beams share one row of the cache. Each step adds W
 of booleans and no keys or values, and the prompt's keys and values exist once. (When the search of one prompt is done,
 the cache is copied without its row. When the context is full, each beam's newer half is read again.)
 The rules are those of transformers' generate(num_beams=W, early_stopping="never"): no search ends while an open beam
-could still win.
+could still be among the texts that are asked for. (transformers goes on until none could be among the W best.)
 """
 
 import math
@@ -45,14 +45,17 @@ class Candidate(NamedTuple):
 
 
 class Search:
-    """One prompt's search: up to W open beams, the likeliest first, and the W best finished hypotheses."""
+    """One prompt's search: up to W open beams, the likeliest first, and the W best finished hypotheses.
+
+    wanted: how many of these are asked for.
+    """
 
     def __init__(
         self, source: list[int], prompt: list[int], num_beams: int, length_penalty: float, eos_id: int | None,
-        longest: int,
+        longest: int, wanted: int,
     ):  # fmt: skip
         self.source, self.prompt, self.longest = source, prompt, longest  # source: of an encoder–decoder, else empty
-        self.W, self.alpha, self.eos_id = num_beams, length_penalty, eos_id
+        self.W, self.alpha, self.eos_id, self.wanted = num_beams, length_penalty, eos_id, wanted
         self.open = [Hypothesis([], 0.0, 0.0, [])]
         self.finished: list[Hypothesis] = []
         self.done = False
@@ -91,15 +94,15 @@ class Search:
         return (parents + [0] * self.W)[: self.W]
 
     def decided(self) -> bool:
-        """Return whether no open beam can win any more.
+        """Return whether no open beam can be among the wanted hypotheses any more.
 
         A log-probability only falls as its beam grows, so the best open beam's bounds the scores of all.
         """
-        if len(self.finished) < self.W:
+        if len(self.finished) < self.wanted:
             return False
         # W = 1 is greedy search, which ends when the likeliest token is eos_id.
         length = self.longest if self.alpha > 0 else len(self.open[0].tokens)
-        return self.W == 1 or self.open[0].logprob / length**self.alpha <= self.finished[-1].score
+        return self.W == 1 or self.open[0].logprob / length**self.alpha <= self.finished[self.wanted - 1].score
 
 
 def check_beams(num_beams: int, num_return: int) -> None:
@@ -127,7 +130,7 @@ def beam_search(
     check_beams(num_beams, num_return)
     W, block_size, starts = num_beams, model.config.block_size, []
     pairs = zip(*split_sources(model, prompts), strict=True)
-    live = searches = [Search(*pair, W, length_penalty, eos_id, max_new_tokens) for pair in pairs]
+    live = searches = [Search(*pair, W, length_penalty, eos_id, max_new_tokens, num_return) for pair in pairs]
     for search, own in zip(searches, record, strict=bool(record)):
         search.record = own
 

@@ -184,6 +184,28 @@ def test_a_search_ends_when_nothing_open_can_win(tiny_gpt, monkeypatch):
         assert len(steps) < 50 and (alpha > 0 or len(steps) <= 2 * W)
 
 
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.6, 1.0, 2.0])
+def test_a_search_for_fewer_texts_ends_sooner_with_the_same_ones(tiny_gpt, alpha, monkeypatch):
+    forward, tokens = GPT.forward, []
+    monkeypatch.setattr(GPT, "forward", lambda *args, **more: tokens.append(args[1].numel()) or forward(*args, **more))
+    work = dict.fromkeys((1, 2, 4), 0)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = tiny_gpt(block_size=64, tie_embeddings=False)
+        eos_id = generate(model, PROMPTS, 3, temperature=0)[0][-1]
+        model.head.weight.data[eos_id] *= 2
+        found = {}
+        for n in work:
+            tokens.clear()
+            found[n] = plain(
+                beam_search(model, PROMPTS, 30, num_beams=4, length_penalty=alpha, num_return=n, eos_id=eos_id)
+            )
+            work[n] += sum(tokens)
+        for n, rows in found.items():
+            assert rows == [row[:n] for row in found[4]]
+    assert work[1] <= work[2] <= work[4] and (work[1] < work[4] or alpha > 1)  # a high penalty keeps long texts in play
+
+
 def test_no_prompts_no_texts(tiny_gpt):
     assert beam_search(tiny_gpt(), [], 5) == generate(tiny_gpt(), [], 5) == []
 

@@ -75,7 +75,7 @@ def test_the_record_of_a_step_is_what_the_model_says_and_changes_nothing(tiny_gp
 
 
 def test_the_tree_of_a_search_that_is_known():
-    search = Search([], [0], num_beams=2, length_penalty=0.0, eos_id=0, longest=3)
+    search = Search([], [0], num_beams=2, length_penalty=0.0, eos_id=0, longest=3, wanted=2)
     search.record = []
 
     def step(*candidates):

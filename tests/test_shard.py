@@ -43,7 +43,11 @@ GROUPS = [
     ("float32", 2, [], ["muon"]),
     ("bfloat16", 2, ["preview"], ["preview"]),
 ]
-RESUMED = {(1, "ddp"): ["muon"], (3, "fsdp"): ["muon", "lora"]}  # by whom: what 2 sharded processes saved
+RESUMED = {
+    (1, "ddp"): ["muon"],
+    (3, "fsdp"): ["muon", "lora"],
+    (4, "fsdp"): ["muon"],
+}  # by whom: what 2 sharded processes saved
 
 
 def commands(folder: Path, sources: dict[str, Path], dtype: str, world: int, kinds: list[str], parallel: str):
