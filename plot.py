@@ -119,10 +119,11 @@ def table_of(runs: dict[str, Run], curves: list[Curves], going: list[bool]) -> l
             rows.append([curve.name, steps, "no evaluation yet", *[NONE] * 5])
             continue
         at = {name: column[pair[0]] for name, column in curve.evaluations.items()}
-        numbers = [f"{at['val_bpb']:.4f}", f"{at['val_loss']:.4f}", f"{at['steps']:,.0f}", f"{at['tokens']:,.0f}"]
+        bits = NONE if math.isnan(at["val_bpb"]) else f"{at['val_bpb']:.4f}"
+        numbers = [bits, f"{at['val_loss']:.4f}", f"{at['steps']:,.0f}", f"{at['tokens']:,.0f}"]
         reached = curve.evaluations["seconds"][pair[1]]
         rows.append([curve.name, steps, *numbers, duration(at["seconds"]), duration(reached)])
-    if sum(pair is not None for pair in best) < 2:
+    if sum(pair is not None for pair in best) < 2 or not comparable(runs):
         rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -165,11 +166,16 @@ def settings_of(run: Run) -> dict[str, str]:
     return {name: str(value) or '""' for name, value in settings.items() if name not in NOT_COMPARED}
 
 
+def comparable(runs: dict[str, Run]) -> bool:
+    """Return whether the runs are evaluated alike, so that their losses can be compared."""
+    settings = [settings_of(run) for run in runs.values()]
+    return len({(found["task"], found["objective"], found["dataset"]) for found in settings}) == 1
+
+
 def notes_on(runs: dict[str, Run], curves: list[Curves], x: X) -> list[str]:
     """Return what a reader of the table and of the picture must know."""
     notes = [note for curve in curves for note in curve.notes]
-    settings = [settings_of(run) for run in runs.values()]
-    if len({(found["task"], found["dataset"]) for found in settings}) > 1:
+    if not comparable(runs):
         notes.append("these runs are evaluated on different data or tasks, so their losses do not compare")
     per_step = {round(curve.training["tokens"][-1] / curve.training["steps"][-1]) for curve in curves
                 if len(curve.training["steps"])}  # fmt: skip

@@ -150,7 +150,7 @@ def test_without_bits_per_byte_runs_are_compared_by_their_loss(make, command, no
     done = command(make("a", LEARNS), make("b", without), "--x=tokens")
     rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert rows[0].startswith("run steps bits per byte best val_loss") and rows[0].endswith("time to 2.0000")
-    assert rows[2].startswith("b 20/20 nan 2.0000 20")
+    assert rows[2].startswith("b 20/20 – 2.0000 20")
 
 
 def test_what_does_not_compare_is_said(make, command, no_matplotlib):
@@ -160,9 +160,11 @@ def test_what_does_not_compare_is_said(make, command, no_matplotlib):
     assert f"note: {runs[0]} was given twice: it counts once\n" in done.stdout
     assert "note: these runs are evaluated on different data or tasks, so their losses do not compare" in done.stdout
     assert "note: a step is not the same number of tokens in all runs: --x=tokens" in done.stdout
+    assert "time to" not in done.stdout.splitlines()[0]
     for line in ("task        pretrain: a; sft: b", "dataset     pydocs: a; talk: b", "chat_style  –: a; plaingpt: b"):
         assert f"  {line}\n" in done.stdout
     assert "--x=tokens" not in command(*runs, "--x=tokens").stdout
+    assert "do not compare" in command(runs[0], make("masked", LEARNS, objective="masked")).stdout
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(make, command, no_matplotlib):
