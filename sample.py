@@ -228,7 +228,7 @@ def without_last_line_break(text: str) -> str:
 def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Prompt]:
     """Return the prompts for the model, and print a note if some of them are longer than its context."""
     questions = given.questions
-    if model.template and config.prompt.startswith("FILE:"):
+    if (model.template or model.gpt.config.n_encoder_layer) and config.prompt.startswith("FILE:"):
         questions = [Question({"prompt": without_last_line_break(questions[0].fields["prompt"])})]
     prompts = make_prompts(model, questions, given.system)
     long = [prompt for prompt in prompts if len(prompt.tokens) > model.block_size]

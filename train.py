@@ -272,7 +272,8 @@ class Trainer:
             what = f"{what}; {error}"
         saved = list_checkpoints(self.config.out_dir)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
-        remedy = "Try a lower learning_rate, more warmup_iters, a smaller grad_clip or dtype=float32"
+        clip = "a smaller grad_clip" if self.config.grad_clip else "grad_clip=1.0"
+        remedy = f"Try a lower learning_rate, more warmup_iters, {clip} or dtype=float32"
         return f"{what}; {last}. {remedy}" + (", with --init_from=resume" if saved else "")
 
     def save(self, val_loss: float | None) -> None:

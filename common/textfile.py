@@ -36,13 +36,14 @@ def read_text(path: str | Path) -> str:
     return "".join(text_parts(path))
 
 
-def check_text(text: str) -> str:
-    """Return the text. Raises ValueError if it holds half a surrogate pair, which is not a character."""
+def check_text(text: str, place: str = "") -> str:
+    """Return the text. Raises ValueError, with its place, if it holds half a surrogate pair, which is no character."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
+        begin = f"{place}: " if place else ""
         raise ValueError(
-            f"{text[error.start]!r} at position {error.start} is half a surrogate pair, no character"
+            f"{begin}{text[error.start]!r} at position {error.start} is half a surrogate pair, no character"
         ) from None
     return text
 

@@ -120,8 +120,12 @@ def read_questions(path: str) -> list[Question]:
 
 def parse_json(text: str, place: str) -> object:
     """Parse a JSON value. Raises ValueError with the place."""
+
+    def refuse(name: str) -> None:
+        raise json.JSONDecodeError(f"{name} is no number", text, text.find(name))
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise ValueError(f"{place}: not valid JSON ({error.msg}, {where})") from None

@@ -74,6 +74,7 @@ def obstacles(config: GPTConfig) -> list[str]:
         "position": ("learned",), "norm": ("layernorm",), "qk_norm": (False,), "causal": (True,),
         "mlp": ("gelu", "gelu_exact"), "norm_head": (False,), "n_kv_head": (config.n_head,),
         "head_dim": (config.n_embd // config.n_head,), "sliding_window": (0,), "classes": ("",),
+        "n_encoder_layer": (0,), "post_norm": (False,),
     }  # fmt: skip
     return [f"{key}={getattr(config, key)}" for key, good in wanted.items() if getattr(config, key) not in good]
 

@@ -191,7 +191,7 @@ def type_of(config: GPTConfig) -> tuple[str, list[str]]:
     """
     wanted: dict[str, tuple[Any, ...]] = {
         "position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,), "causal": (True,),
-        "classes": ("",),
+        "classes": ("",), "n_encoder_layer": (0,), "post_norm": (False,),
     }  # fmt: skip
     obstacles = [f"{key}={getattr(config, key)}" for key, good in wanted.items() if getattr(config, key) not in good]
     options = {

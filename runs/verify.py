@@ -22,7 +22,7 @@ from text.conversations import open_conversations
 from text.corpus import META, Corpus
 from text.pairs import FORMAT as PAIRS
 from text.pairs import open_pairs
-from training.log import check_log
+from training.log import check_log, read_log
 
 
 def problems_of_run(folder: Path) -> list[str]:
@@ -38,7 +38,14 @@ def problems_of_run(folder: Path) -> list[str]:
         found += wrong
         seal = seal if wrong else read_state(checkpoint)["log"]
     found += problems(lambda: check_log(folder, seal))  # of the newest checkpoint, which knows the most of it
+    if not run.checkpoints() and (steps := evaluated_steps(folder)):
+        found.append(f"{folder} has no checkpoint, and its log.jsonl tells of {steps:,} steps")
     return found + (problems_of_run(folder / "base") if run.lora else [])
+
+
+def evaluated_steps(folder: Path) -> int:
+    """Return the last step that the log has an evaluation of, at each of which a checkpoint is saved; 0 if none."""
+    return max((event["step"] for event in read_log(folder)[1]), default=0)
 
 
 def problems_of_data(folder: Path) -> list[str]:
@@ -70,7 +77,12 @@ def main() -> None:
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     damaged = 0
     for folder in folders:
-        found = problems_of_data(folder) if (folder / META).exists() else problems_of_run(folder)
+        if (folder / META).exists():
+            found = problems_of_data(folder)
+        elif (folder / "train.jsonl").exists():
+            found = [f"{folder} has no {META}, and so no checksums (labelled texts have none)"]
+        else:
+            found = problems_of_run(folder)
         for problem in dict.fromkeys(found):  # a damaged meta.json is found twice
             print(f"error: {problem}", file=sys.stderr)
         damaged += bool(found)

@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 from runs.start import Start
 from tasks.packing import MULTIPLE
 from tasks.task import Task, batch_starts, dataset_folder, draw_examples
+from text.corpus import META
 from text.labelled import Texts, read_labelled
 from text.tokenizer import Tokenizer
 from training.config import TrainConfig
@@ -73,7 +74,11 @@ def open_texts(dataset: str) -> tuple[Path, Texts]:
     folder = dataset_folder(dataset, "train.jsonl")
     if not (folder / "train.jsonl").is_file():
         script = folder / "prepare.py"
-        how = f"run python {script}" if script.is_file() else 'write train.jsonl and val.jsonl, with "text" and "label"'
+        how = (
+            f"run python {script}"
+            if script.is_file() and not (folder / META).exists()
+            else 'write train.jsonl and val.jsonl, with "text" and "label"'
+        )
         raise ValueError(f"no labelled texts in {str(folder)!r}: {how}")
     return folder, read_labelled(folder)
 

@@ -159,6 +159,8 @@ def test_a_batch_is_a_function_of_seed_step_and_row_and_an_epoch_reads_every_tex
         ('{"text": "", "label": "x"}', "line 2: an object with"),
         ('{"text": "a", "label": 1}', "line 2: an object with"),
         ('{"text": "a", "label": "x,y"}', "line 2: the label 'x,y' holds a comma"),
+        ('{"text": "a", "label": "\\u001b[31mred"}', "line 2: the label .* holds what cannot be printed"),
+        ('{"text": "a\\ud800", "label": "y"}', "train.jsonl, line 2: .* is half a surrogate pair"),
         ('{"text"', "line 2: not valid JSON"),
         ('{"text": "a", "label": "x"}', "all texts have the label 'x'"),
         ('{"text": "a", "label": "z"}', "no text of train.jsonl has the label 'y'"),
@@ -192,6 +194,13 @@ def test_labelled_texts_do_not_replace_other_data(tmp_path):
     with pytest.raises(ValueError, match="no text is left for val"):
         write_labelled(tmp_path / "new", [("train", Labelled("a", "x"))])
     assert not (tmp_path / "new").exists()
+    rows = [(split, Labelled("a", "x")) for split in ("train", "val")]
+    for _ in range(2):
+        write_labelled(tmp_path / "new", rows)  # the same texts once more are no other data
+    (tmp_path / "new" / "val.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="val.jsonl holds other texts: delete it"):
+        write_labelled(tmp_path / "new", rows)
+    assert (tmp_path / "new" / "val.jsonl").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

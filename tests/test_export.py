@@ -153,7 +153,8 @@ def test_transformers_loads_a_model_of_ours(name, tokenizer, tmp_path):
     ({"bias": True}, "bias=True"), ({"norm_head": True}, "norm_head=True with tie_embeddings=True"),
     (PLAIN | {"qkv_bias": True, "head_dim": 10}, "head_dim=10"), ({"mlp": "geglu"}, "mlp=geglu"),
     (CLASSIC | {"mlp": "gelu", "n_kv_head": 2}, "n_kv_head=2"),
-    (CLASSIC | {"mlp": "gelu", "sliding_window": 5}, "sliding_window=5"),
+    (CLASSIC | {"mlp": "gelu", "sliding_window": 5}, "sliding_window=5"), ({"n_encoder_layer": 1}, "n_encoder_layer=1"),
+    ({"post_norm": True}, "post_norm=True"), (CLASSIC | {"mlp": "gelu", "post_norm": True}, "post_norm=True"),
     (CLASSIC | {"mlp": "gelu", "norm_head": True, "tie_embeddings": False}, "norm_head=True"),
 ], ids=str)  # fmt: skip
 def test_a_config_that_equals_no_class_is_refused_by_name(options, complaint, tokenizer, tmp_path):

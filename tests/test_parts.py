@@ -68,6 +68,32 @@ def test_a_part_that_is_done_is_not_done_again_unless_it_changed(prepare, tmp_pa
     assert "nothing to do" not in prepare("parts", "--part", "1/2", "--shard_tokens", "301").stdout
 
 
+def test_a_damaged_part_is_prepared_again_by_its_own_command(prepare, tmp_path):
+    parts(prepare, 2)
+    path = tmp_path / "parts" / "part_00001_of_00002" / "train_00001.bin"
+    content = path.read_bytes()
+    for wrong in (content[:-2], content[:-1] + b"x", None):
+        path.write_bytes(wrong) if wrong else path.with_name("meta.json").write_text("{")
+        again = prepare("parts", "--part", "1/2", "--shard_tokens", "300")
+        assert again.returncode == 0 and "nothing to do" not in again.stdout and path.read_bytes() == content
+        assert ("train_00001.bin" in again.stderr and "this part is prepared again" in again.stderr) == bool(wrong)
+    joined = prepare("parts", "--join")
+    assert joined.returncode == 0 and "for validation, not" not in joined.stderr  # --join does not know --val_fraction
+
+
+def test_a_part_of_a_joined_corpus_is_mended_but_not_replaced_by_another(prepare, tmp_path):
+    parts(prepare, 2)
+    assert prepare("parts", "--join").returncode == 0
+    told = refused(prepare("parts", "--part", "1/2", "--shard_tokens", "301"))
+    assert "parts/meta.json is a corpus joined from this part" in told and "delete" in told
+    Corpus(tmp_path / "parts").verify()
+    (tmp_path / "parts" / "part_00001_of_00002" / "train_00001.bin").write_bytes(b"")
+    assert prepare("parts", "--part", "1/2", "--shard_tokens", "300").returncode == 0
+    Corpus(tmp_path / "parts").verify()
+    (tmp_path / "parts" / "meta.json").unlink()
+    assert prepare("parts", "--part", "1/2", "--shard_tokens", "301").returncode == 0
+
+
 def test_joining_names_what_is_wrong(prepare, tmp_path):
     assert "has no parts to join: make them with --part 1/N" in refused(prepare("parts", "--join"))
     parts(prepare, 3)
@@ -91,7 +117,9 @@ def test_joining_names_what_is_wrong(prepare, tmp_path):
     prepare("parts", "--part", "2/3", "--shard_tokens", "299")
     assert "part_00002_of_00003 was prepared otherwise than" in wrong()
     (second / "train_00001.bin").unlink()
-    assert "part_00002_of_00003/train_00001.bin' has 0 bytes instead of 600" in wrong()
+    told = wrong()
+    assert "part_00002_of_00003/train_00001.bin' has 0 bytes instead of 600: prepare this part again" in told
+    assert told.endswith("with --part 2/3\n")
     (second / "meta.json").write_text(json.dumps(json.loads((second / "meta.json").read_text()) | {"splits": []}))
     assert "part_00002_of_00003/meta.json is damaged" in wrong()
     assert prepare("parts", "--join").returncode == 0

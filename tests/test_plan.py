@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import finetune
+import fused
 import train
 from model import GPT
 from tasks.plan import job_flops
@@ -137,6 +138,16 @@ def test_a_deep_model_follows_from_two_shallow_ones(options, micro_steps):
     deep = job(n_layer=4, micro_steps=micro_steps, **options)
     memory = count_memory(deep)
     assert count_passes(deep, 4) == (memory.activations, memory.logits, memory.passes - memory.optimizer)
+
+
+def test_a_large_batch_follows_from_two_smaller_ones(monkeypatch):
+    large = job(batch_size=24)
+    expected = count_passes(large, 2)
+    monkeypatch.setattr(plan, "TOKENS", 4 * large.model.block_size)
+    monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cuda", large.model.vocab_size * large.model.block_size)
+    ran, run_passes = [], plan.run_passes
+    monkeypatch.setattr(plan, "run_passes", lambda *args: ran.append(args[0].config.batch_size) or run_passes(*args))
+    assert count_passes(large, 2) == pytest.approx(expected, rel=0.02) and ran == [4, 8]
 
 
 @pytest.mark.parametrize("options", KINDS, ids=label)

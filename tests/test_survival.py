@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,19 @@ def test_verify_knows_every_kind_of_prepared_data(tmp_path, capsys):
         path.write_bytes(path.read_bytes().replace(b"b", b"c", 1))
         (problem,) = verify.problems_of_data(folder)
         assert str(path) in problem and "damaged" in problem
+
+
+def test_verify_misses_checkpoints_and_meta(command, tmp_path, capsys, monkeypatch):
+    run = command("a")
+    shutil.rmtree(run / "checkpoints")
+    (problem,) = verify.problems_of_run(run)
+    assert "has no checkpoint, and its log.jsonl tells of" in problem
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.jsonl").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["verify", str(tmp_path / "texts")])
+    with pytest.raises(SystemExit) as ending:
+        verify.main()
+    assert ending.value.code == 1 and "has no meta.json, and so no checksums" in capsys.readouterr().err
 
 
 def test_verify_says_that_all_is_well(command, capsys, monkeypatch, corpus_folder):

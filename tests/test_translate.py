@@ -102,6 +102,12 @@ def test_nothing_else_is_overwritten(folder, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = command(pairs_command.main, "--input", source, "--output", tmp_path)
     assert "holds something other than pairs" in error_of(done)
+    for name in ("train.jsonl", "tokenizer.json"):  # without a meta.json, it is somebody else's
+        own = tmp_path / name.removesuffix("l")
+        own.mkdir()
+        (own / name).write_text("mine")
+        done = command(pairs_command.main, "--input", source, "--output", own)
+        assert f"(a {name})" in error_of(done) and (own / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"])
@@ -224,7 +230,7 @@ def test_it_resumes(run, folder, tmp_path):
         (train.main, ["--objective=translate", "--dataset={folder}", "--parallel=fsdp"], "not for parallel=fsdp"),
         (train.main, ["--objective=translate", "--dataset={folder}", "--plan"], "leave it out for objective=translate"),
         (train.main, ["--objective=translate", "--dataset=none"], "no prepared pairs in"),
-        (train.main, ["--dataset={folder}", "--n_encoder_layer=0"], "damaged, or not of this project"),
+        (train.main, ["--dataset={folder}", "--n_encoder_layer=0"], "plaingpt-pairs, no corpus of text: name another"),
         (sample.main, ["--out_dir={run}", "--chat"], "this model translates"),
         (sample.main, ["--out_dir={run}", "--score=x"], "cannot read"),
         (sample.main, ["--out_dir={run}"], "of 1 to 24 tokens, not of 0"),

@@ -314,6 +314,10 @@ def write_conversations(
 
 def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
     """Raise ValueError if writing to the folder would destroy something other than a conversation data set."""
+    for source in map(Path, sources):
+        for target in (folder / f"{split}.jsonl" for split in SPLITS):
+            if source.exists() and target.exists() and source.samefile(target):
+                raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
     found = None
     if folder.exists() and not folder.is_dir():
         found = "is a file"
@@ -328,12 +332,10 @@ def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
             meta = FORMAT  # a damaged one is replaced
         if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
             found = f"holds the {META} of something else"
+    elif own := [f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]:
+        found = f"holds a {own[0]} and no {META}, so it is not of this command"
     if found:
         raise ValueError(f"--output={folder} {found}: name a folder of its own")
-    for source in map(Path, sources):
-        for target in (folder / f"{split}.jsonl" for split in SPLITS):
-            if source.exists() and target.exists() and source.samefile(target):
-                raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
 
 
 def replace_together(folder: Path, contents: dict[str, bytes]) -> None:

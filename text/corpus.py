@@ -344,6 +344,9 @@ def _read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         meta = None
+    kind = str(meta.get("format")) if isinstance(meta, dict) else ""
+    if kind.startswith("plaingpt-") and kind != FORMAT["format"]:
+        raise ValueError(f"{str(folder)!r} holds {kind}, no corpus of text: name another dataset")
     if isinstance(meta, dict) and "part" in meta:
         raise ValueError(f"{str(folder)!r} is one part of a corpus: join the parts with --join, and name their folder")
     version = meta.get("version") if isinstance(meta, dict) and meta.get("format") == FORMAT["format"] else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.files import write_whole
+from common.textfile import check_text
 from text.chat import BadConversation
 from text.conversations import rows_of
 from text.corpus import META, SPLITS
@@ -63,14 +64,17 @@ def checked(row: object, place: str, unread: set[str]) -> Labelled:
         case {"text": str(text), "label": str(label), **rest} if text.strip() and label.strip():
             if "," in label:
                 raise ValueError(f"{place}: the label {label!r} holds a comma, which separates labels: rename it")
+            if not label.isprintable():
+                raise ValueError(f"{place}: the label {label!r} holds what cannot be printed: rename it")
             unread.update(rest)
-            return Labelled(text, label)
+            return Labelled(check_text(text, place), label)
     raise ValueError(f'{place}: an object with "text" and "label", both strings and not empty, is needed')
 
 
 def write_labelled(folder: Path, rows: Iterable[tuple[str, Labelled]]) -> None:
     """Write (split, labelled text)s. Raises ValueError if the folder holds something else, or if a split is empty."""
-    taken = [name for name in (META, "config.json", "checkpoints", "tokenizer.json") if (folder / name).exists()]
+    foreign = (META, "config.json", "checkpoints", "tokenizer.json")
+    taken = [name for name in foreign if (folder / name).exists()]
     if taken:
         raise ValueError(f"--output={folder} holds a {taken[0]}, and so other data: name a folder of its own")
     splits: dict[str, list[Labelled]] = {split: [] for split in SPLITS}
@@ -80,6 +84,10 @@ def write_labelled(folder: Path, rows: Iterable[tuple[str, Labelled]]) -> None:
         if not texts:
             raise ValueError(f"no text is left for {split}: choose another --val_fraction")
     folder.mkdir(parents=True, exist_ok=True)
-    for split, texts in splits.items():
-        write_whole(folder / f"{split}.jsonl", "\n".join(json.dumps(text._asdict()) for text in texts))
+    contents = {f"{s}.jsonl": "\n".join(json.dumps(text._asdict()) for text in texts) for s, texts in splits.items()}
+    for name, content in contents.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != f"{content}\n".encode():
+            raise ValueError(f"{folder / name} holds other texts: delete it, or name another folder by --output")
+    for name, content in contents.items():
+        write_whole(folder / name, content)
     print(f"{os.path.relpath(folder)}: {', '.join(f'{len(texts):,} {split} texts' for split, texts in splits.items())}")

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def read_pairs(paths: list[str], left_out: list[str] | None = None) -> Iterator[
                 raise ValueError(f"{place}: a side is empty (--skip_bad leaves such pairs out and counts them)")
             left_out.append(place)
             continue
-        yield place, (check_text(source), check_text(target))
+        yield place, (check_text(source, place), check_text(target, place))
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -74,16 +75,20 @@ def _aligned_lines(sources: str, targets: str) -> Iterator[tuple[str, Pair]]:
 
 
 def _pairs_of(path: str) -> Iterator[tuple[str, Pair]]:
-    if ".json" in "".join(Path(path).suffixes):
+    if ".json" in "".join(Path(path).suffixes).lower():
+        unread: set[str] = set()
         for place, value in json_values(text_parts(path), path):
             match value:
-                case {"source": str(source), "target": str(target)}:
+                case {"source": str(source), "target": str(target), **rest}:
+                    unread.update(rest)
                     yield place, (source, target)
                 case _:
                     raise ValueError(f'{place}: a pair is {{"source": "...", "target": "..."}}')
+        if unread:
+            print(f"note: {path}: fields that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
         return
     for number, line in enumerate(_lines(path), start=1):
-        source, *targets = line.split("\t")
+        source, *targets = line.split("\t") if line.strip() else ("", "")  # an empty line is a pair of empty sides
         if len(targets) != 1:
             raise ValueError(f"{path}, line {number}: a source, one tab and a target are needed, and there are "
                              f"{len(targets)} tabs")  # fmt: skip
@@ -152,19 +157,23 @@ def write_pairs(folder: str | Path, pairs: dict[str, list[Pair]], tokenizer: Tok
 
 def check_output(folder: Path, sources: Sequence[str] = ()) -> None:
     """Raise ValueError if writing to the folder would destroy something other than pairs, or one of the sources."""
+    written = [os.path.realpath(folder / f"{split}.jsonl") for split in SPLITS]
+    for source in sources:
+        if os.path.realpath(source) in written:
+            raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
     meta = {}
     if (folder / META).is_file():
         try:
             meta = read_json(folder / META, "a data set")
         except ValueError:
             meta = FORMAT  # a damaged one is replaced
-    others = [name for name in ("config.json", "checkpoints", "train.bin") if (folder / name).exists()]
+    foreign = ["config.json", "checkpoints", "train.bin"]
+    if not (folder / META).exists():
+        foreign += [FILE_NAME, *(f"{split}.jsonl" for split in SPLITS)]
+    others = [name for name in foreign if (folder / name).exists()]
     if folder.is_file() or others or (meta and meta.get("format") != FORMAT["format"]):
-        raise ValueError(f"--output={folder} holds something other than pairs: name a folder of its own")
-    written = [os.path.realpath(folder / f"{split}.jsonl") for split in SPLITS]
-    for source in sources:
-        if os.path.realpath(source) in written:
-            raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
+        what = f"something other than pairs{f' (a {others[0]})' if others else ''}"
+        raise ValueError(f"--output={folder} holds {what}: name a folder of its own")
 
 
 def _describe(content: bytes, pairs: int) -> dict:

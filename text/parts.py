@@ -6,6 +6,7 @@ joined corpus has the tokens of an undivided one in the same order. A document's
 """
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -37,8 +38,46 @@ def part_folder(folder: str | Path, part: tuple[int, int]) -> Path:
 
 
 def is_done(folder: Path, part: dict) -> bool:
-    """Return whether the folder holds this whole part; part: as in `write_held_corpus`."""
-    return (folder / META).is_file() and part.items() <= read_json(folder / META, "a part's").items()
+    """Return whether the folder holds this part, whole and undamaged; part: as in `write_held_corpus`.
+
+    Raises ValueError for another part that a joined corpus lists, and which is to be replaced by this one.
+    """
+    try:
+        meta = read_json(folder / META, "a part's") if (folder / META).is_file() else None
+    except ValueError:
+        meta = None
+    if not is_sound(meta):
+        return False
+    if not part.items() <= meta.items():
+        check_not_joined(folder)
+        return False
+    try:
+        for split in SPLITS:
+            _tokens(folder, meta, split).verify()
+    except ValueError as error:
+        print(f"note: {str(error).partition(': prepare')[0]}: this part is prepared again", file=sys.stderr)
+        return False
+    return True
+
+
+def check_not_joined(folder: Path) -> None:
+    """Raise ValueError if a joined corpus lists the files of the part in this folder."""
+    path = folder.parent / META
+    whole = read_json(path, "a corpus's") if path.is_file() else None
+    if is_sound(whole) and any(
+        shard["file"].startswith(f"{folder.name}/")
+        for split in SPLITS
+        for shard in shards_of(split, whole["splits"][split])
+    ):
+        raise ValueError(
+            f"{path} is a corpus joined from this part, which was prepared from other input files or with other "
+            f"options: delete {path} first, or name another --output"
+        )
+
+
+def _tokens(folder: Path, meta: dict, split: str) -> Tokens:
+    """The tokens of a part. Raises ValueError for a file that has not its size."""
+    return Tokens(folder, shards_of(split, meta["splits"][split]), np.dtype(meta["dtype"]), meta["vocab_size"])
 
 
 def join(folder: str | Path) -> dict:
@@ -57,8 +96,16 @@ def join(folder: str | Path) -> dict:
             )
     splits = {split: _joined(metas, split) for split in SPLITS}
     check_splits(splits)
-    for counts in splits.values():  # every file has its size
-        Tokens(folder, counts["shards"], np.dtype(first["dtype"]), first["vocab_size"])
+    for name, meta in metas.items():
+        try:
+            for split in SPLITS:
+                _tokens(folder / name, meta, split)
+        except ValueError as error:
+            wrong, number = (
+                str(error).partition(": prepare")[0],
+                "/".join(str(int(n)) for n in PART.fullmatch(name).groups()),
+            )
+            raise ValueError(f"{wrong}: prepare this part again, by its command with --part {number}") from None
     spelled: Counter[str] = Counter()
     for meta in metas.values():
         spelled.update(meta["special_tokens_in_text"])

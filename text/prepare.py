@@ -90,6 +90,9 @@ def prepare(
     files, so that they may be a part, and an interrupted preparation goes on where it was.
     """
     check_val_fraction(args.val_fraction)
+    for name in ("workers", "shard_tokens"):  # before anything is written
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)}: at least 1 is needed")
     chosen = args.tokenizer if args.vocab_size is None else args.vocab_size
     chosen = args.default_tokenizer if chosen is None else chosen
     folder = part_folder(args.output, part_of(args.part)) if inputs and args.part is not None else Path(args.output)
@@ -153,7 +156,7 @@ def prepare_files(args: argparse.Namespace) -> None:
         if args.input or args.part is not None:
             raise ValueError("--join reads nothing but the parts in --output: leave out --input and --part")
         meta = join(args.output)
-        report(args.output, meta, load_tokenizer(args.output), args.val_fraction)
+        report(args.output, meta, load_tokenizer(args.output), None)
         return
     if not args.input:
         raise ValueError("--input is missing: name files or folders, or - for standard input")
@@ -191,8 +194,11 @@ def prepare_from_hub(description: str, output: Path, name: str, subset: str | No
     prepare(documents, args, inputs=files)  # without files: what the Hub sends may change, so nothing goes on
 
 
-def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: float) -> None:
-    """Print the counts of a corpus, and on stderr notes about what its user may not expect."""
+def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: float | None) -> None:
+    """Print the counts of a corpus, and on stderr notes about what its user may not expect.
+
+    val_fraction: the share that was asked for; None for joined parts, which do not know it.
+    """
     print(f"{os.path.relpath(folder)}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']} tokens")
     for split in SPLITS:
         tokens, size, documents = (meta["splits"][split][key] for key in ("tokens", "bytes", "documents"))
@@ -201,11 +207,11 @@ def report(folder: str | Path, meta: dict, tokenizer: Tokenizer, val_fraction: f
         print(f"note: {note}", file=sys.stderr)
 
 
-def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float) -> Iterator[str]:
+def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float | None) -> Iterator[str]:
     """Yield notes about what the user of a corpus may not expect."""
     splits = meta["splits"].values()
     share = meta["splits"]["val"]["bytes"] / sum(split["bytes"] for split in splits)
-    if not 2 / 3 < share / val_fraction < 3 / 2:
+    if val_fraction and not 2 / 3 < share / val_fraction < 3 / 2:
         yield (
             f"{share:.2%} of the text is for validation, not {val_fraction:.2%}: a document is never divided, and "
             "these documents are few or of very different sizes"

@@ -36,6 +36,7 @@ from training.shard import shards
 
 ABSURD = 1 << 24  # no width of a real model reaches this
 DEPTHS = (1, 2)  # blocks are alike: from models of so many of them follows what deeper ones take
+TOKENS = 1 << 18  # of a batch whose passes are run to count them
 MARGIN = 0.05  # share of a device's memory that is left to CUDA, its libraries and the allocator's gaps
 HEAP = 1.2  # on a CPU: what the C library's heap holds, by what is alive; glibc was measured at 1.15 to 1.27
 # Memory of the GPUs of training/device.py in GB, from the vendor's data sheets
@@ -204,10 +205,15 @@ class Live(TorchDispatchMode):
 
 def by_depth(measure: Callable[[int], tuple[float, ...]], n_layer: int) -> tuple[float, ...]:
     """measure(n_layer), for what is linear in the number of blocks: they are alike, and a deep model takes long."""
-    if n_layer <= DEPTHS[1]:
-        return measure(n_layer)
-    few, more = map(measure, DEPTHS)
-    return tuple(a + (b - a) * (n_layer - DEPTHS[0]) for a, b in zip(few, more, strict=True))
+    return on_a_line(measure, n_layer, DEPTHS)
+
+
+def on_a_line(measure: Callable[[int], tuple[float, ...]], n: int, at: tuple[int, int]) -> tuple[float, ...]:
+    """measure(n), for what is linear in n: beyond the two numbers of `at` the line through both goes on."""
+    if n <= at[1]:
+        return measure(n)
+    few, more = map(measure, at)
+    return tuple(a + (b - a) / (at[1] - at[0]) * (n - at[0]) for a, b in zip(few, more, strict=True))
 
 
 def count_memory(job: Job, held: Held | None = None) -> Memory:
@@ -240,7 +246,18 @@ def count_held(job: Job) -> Held:
 
 
 def count_passes(job: Job, n_layer: int, keeps_gradients: bool = True) -> tuple[float, float, float]:
-    """Run forward and backward pass on fake tensors: returns bytes of activations, of logits, and the most in all.
+    """Count forward and backward pass: returns bytes of activations, of logits, and the most in all.
+
+    Rows are alike: what a large batch takes follows from two smaller ones, each with several chunks of logits.
+    """
+    tokens = max(TOKENS, 2 * fused.LOGITS_AT_ONCE["cuda"] // job.model.vocab_size)
+    few = max(1, tokens // job.model.block_size)
+    measure = lambda rows: run_passes(job.with_batch(rows), n_layer, keeps_gradients)  # noqa: E731
+    return on_a_line(measure, job.config.batch_size, (few, 2 * few))  # type: ignore[return-value]
+
+
+def run_passes(job: Job, n_layer: int, keeps_gradients: bool) -> tuple[float, float, float]:
+    """`count_passes` by running both passes on fake tensors.
 
     The weights are included, and the gradients of earlier micro-steps if there are any; the optimizer's state is not.
     keeps_gradients: False drops each weight's gradient as soon as it is there.
