@@ -127,6 +127,9 @@ class SampleConfig:
 
     def check_use(self, given: set[str]) -> None:
         """Raise ValueError if an option in `given` would have no effect, even if it has its default value."""
+        for name in given & {"fill", "classify", "score"}:
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty: give it a text")
         way = self.way()
         for name in sorted(given.difference(READS[way])):
             if name not in SWITCHES or getattr(self, name) != getattr(SampleConfig, name):
@@ -228,7 +231,7 @@ def without_last_line_break(text: str) -> str:
 def prompts_for(model: TextModel, config: SampleConfig, given: Given) -> list[Prompt]:
     """Return the prompts for the model, and print a note if some of them are longer than its context."""
     questions = given.questions
-    if (model.template or model.gpt.config.n_encoder_layer) and config.prompt.startswith("FILE:"):
+    if (model.template or model.translates) and config.prompt.startswith("FILE:"):
         questions = [Question({"prompt": without_last_line_break(questions[0].fields["prompt"])})]
     prompts = make_prompts(model, questions, given.system)
     long = [prompt for prompt in prompts if len(prompt.tokens) > model.block_size]

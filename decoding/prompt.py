@@ -185,8 +185,10 @@ def make_prompt(model: TextModel, question: Question, system: str = "") -> Promp
         tokens, _ = model.template.render(conversation(fields, system), reply=True)
         return Prompt(question, tokens, shown="", begins=True)
     if "messages" in fields or fields.get("system", system):
-        raise ValueError("this is a base model, which continues a text and knows no messages, the system's included: "
-                         "give it a prompt alone, or fine-tune it first")  # fmt: skip
+        what = (
+            "translates a source: give it" if model.translates else "continues a text: fine-tune it first, or give it"
+        )
+        raise ValueError(f"this is a base model, which knows no messages, the system's included, and {what} a prompt")
     text = fields["prompt"]
     if model.translates:
         return Prompt(question, source_tokens(model, text), shown="", begins=True)

@@ -130,7 +130,7 @@ def test_generating_in_bytes_is_nearly_generating_in_floats(sample):
      (["--prompts=none.txt"], "cannot read the file of prompts none.txt"),
      (["--system=x"], "this is a base model"), (["--chat", "--system=x"], "this is a base model"),
      (["--prompt=x", "--num_beams=2", "--temperature=0.8"], "--temperature has no effect with --num_beams above 1"),
-     (["--score=none"], "cannot read the text none"),
+     (["--score=none"], "cannot read the text none"), (["--fill="], "--fill is empty: give it a text"),
      (["--dtype=bfloat16", "--quantize=int8"], "--quantize=int8 is for a CPU in float32"),
      (["--out_dir=nowhere"], "no run in nowhere"), (["--device=cuda:9"], "CUDA GPUs"), (["prompt"], "cannot read")],
 )  # fmt: skip

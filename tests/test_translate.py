@@ -215,6 +215,14 @@ def test_it_learns_to_translate_and_beams_are_no_worse(run, folder):
     assert min(exact.values()) > 0.6 * len(rows) and exact["beams"] >= exact["greedy"] - 2
 
 
+def test_a_source_in_a_file_ends_without_the_line_break(run, folder, tmp_path):
+    source = open_pairs(folder).val[0][0]
+    (tmp_path / "source.txt").write_text(f"{source}\n")
+    prompts = source, f"FILE:{tmp_path / 'source.txt'}"
+    texts = [command(sample.main, f"--out_dir={run}", f"--prompt={p}", "--temperature=0").stdout for p in prompts]
+    assert texts[0] == texts[1] != ""
+
+
 def test_it_resumes(run, folder, tmp_path):
     done = command(train.main, "--init_from=resume", f"--out_dir={run}", "--max_iters=260")
     assert done.returncode == 0, done.stderr
