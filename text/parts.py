@@ -101,11 +101,9 @@ def join(folder: str | Path) -> dict:
             for split in SPLITS:
                 _tokens(folder / name, meta, split)
         except ValueError as error:
-            wrong, number = (
-                str(error).partition(": prepare")[0],
-                "/".join(str(int(n)) for n in PART.fullmatch(name).groups()),
-            )
-            raise ValueError(f"{wrong}: prepare this part again, by its command with --part {number}") from None
+            number, of = map(int, PART.fullmatch(name).groups())  # type: ignore[union-attr]
+            wrong = str(error).partition(": prepare")[0]
+            raise ValueError(f"{wrong}: prepare this part again, by its command with --part {number}/{of}") from None
     spelled: Counter[str] = Counter()
     for meta in metas.values():
         spelled.update(meta["special_tokens_in_text"])

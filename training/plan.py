@@ -252,8 +252,12 @@ def count_passes(job: Job, n_layer: int, keeps_gradients: bool = True) -> tuple[
     """
     tokens = max(TOKENS, 2 * fused.LOGITS_AT_ONCE["cuda"] // job.model.vocab_size)
     few = max(1, tokens // job.model.block_size)
-    measure = lambda rows: run_passes(job.with_batch(rows), n_layer, keeps_gradients)  # noqa: E731
-    return on_a_line(measure, job.config.batch_size, (few, 2 * few))  # type: ignore[return-value]
+
+    def run(rows: int) -> tuple[float, float, float]:
+        return run_passes(job.with_batch(rows), n_layer, keeps_gradients)
+
+    activations, logits, most = on_a_line(run, job.config.batch_size, (few, 2 * few))
+    return activations, logits, most
 
 
 def run_passes(job: Job, n_layer: int, keeps_gradients: bool) -> tuple[float, float, float]:
