@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +125,14 @@ def test_more_shards_than_a_process_may_have_files_open_are_read(tmp_path, monke
             assert torch.equal(idx[:599], torch.arange(599))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of maps")
+def test_the_system_knows_that_rows_are_read_at_random(tmp_path):
+    """Without that, it reads megabytes around each row of a large corpus."""
+    path = tmp_path / "train.bin"
+    np.arange(5000, dtype=np.uint16).tofile(path)
+    tokens = shards.map_tokens(path, np.dtype(np.uint16))
+    assert np.array_equal(tokens, np.arange(5000)) and not tokens.flags.writeable
+    entry = Path("/proc/self/smaps").read_text().partition(str(path))[2].partition("VmFlags:")[2]
+    assert "rr" in entry.partition("\n")[0].split()

@@ -6,6 +6,7 @@ and so on, of a fixed number of tokens but for the last. meta.json lists them wi
 
 import hashlib
 import itertools
+import mmap
 import os
 import re
 from bisect import bisect_right
@@ -135,6 +136,18 @@ class ShardWriter:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map the tokens of a file into memory, to be read at random places.
+
+    The system is told so. Otherwise it would read up to megabytes around each row, as if the rest came next.
+    """
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(content, "madvise"):  # not on Windows
+        content.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(content, dtype=dtype)
+
+
 class Tokens:
     """The tokens of a split, from memory maps of its shards."""
 
@@ -142,7 +155,7 @@ class Tokens:
         """Raise ValueError if a file has not the size that its entry says."""
         self.folder, self.shards, self.vocab_size = folder, shards, vocab_size
         self._starts = [0, *itertools.accumulate(shard["tokens"] for shard in shards)]
-        self._map = lru_cache(maxsize=MAPS)(partial(np.memmap, dtype=dtype, mode="r"))
+        self._map = lru_cache(maxsize=MAPS)(partial(map_tokens, dtype=dtype))
         for shard in shards:
             path, expected = folder / shard["file"], shard["tokens"] * dtype.itemsize
             size = path.stat().st_size if path.is_file() else 0
@@ -159,7 +172,7 @@ class Tokens:
         while start < stop:
             begin, end = self._starts[number], min(stop, self._starts[number + 1])
             path = self.folder / self.shards[number]["file"]
-            part = np.asarray(self._map(path))[start - begin : end - begin]
+            part = self._map(path)[start - begin : end - begin]
             if part.max() >= self.vocab_size:  # the embedding would fail on it
                 raise ValueError(
                     f"{str(path)} holds token id {part.max()}, beyond its vocabulary of {self.vocab_size:,}: "
