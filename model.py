@@ -79,7 +79,7 @@ class GPTConfig:
                     raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}): set both")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), or head_dim be set")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
