@@ -212,7 +212,8 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
             return capsys.readouterr()
 
     line = json.loads(sample("--prompt=quick", "--json").out)
-    assert line["prompt"] == "quick" and line["finish"] == "eos" and line["text"].startswith("brown")
+    assert line["prompt"] == "quick" and line["finish"] == "eos"
+    assert len(set(line["text"].split()) & set("brown fox jumps over a lazy dog".split())) > 2  # it learned words
     assert sample("--prompt=quick").out == line["text"] + "\n"
     beam = json.loads(sample("--prompt=quick", "--num_beams=3", "--json").out)
     assert beam["finish"] == "eos" and "<|end|>" not in beam["text"]
