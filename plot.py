@@ -45,6 +45,8 @@ NO_MATPLOTLIB = "matplotlib is missing; pip install matplotlib"
 
 @dataclass
 class PlotConfig:
+    """The options of plot.py."""
+
     x: X = "steps"  # what the curves are drawn against
     output: UserPath = "plot.svg"  # the picture: .svg, .png or .pdf
     watch: bool = False  # draw again as the logs grow, until no run is going any more, or Ctrl-C

@@ -80,6 +80,8 @@ SWITCHES = "chat score fill classify json explain prompt prompts system stop num
 
 @dataclass
 class SampleConfig:
+    """The options of sample.py."""
+
     out_dir: UserPath = "out/pydocs"  # the run to sample from
     checkpoint: str = "best"  # best (lowest validation loss) | latest | a name such as step_00001000
     prompt: str = ""  # text to continue, or a question to a fine-tuned model; FILE:path reads it from a file

@@ -44,6 +44,8 @@ class Part(NamedTuple):
 
 
 class Ended(NamedTuple):
+    """What is known of a part that has run."""
+
     part: Part
     seconds: float
     status: int | None  # the exit status; None if it was stopped

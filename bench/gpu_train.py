@@ -39,6 +39,8 @@ from training.optim import make_optimizers  # noqa: E402
 
 
 class Shape(NamedTuple):
+    """The size of a model, and of its steps."""
+
     n_layer: int
     n_head: int
     n_embd: int
@@ -178,6 +180,8 @@ def matmul_peak(process: Process, size: int = 8192) -> float:
 
 
 class Measured(NamedTuple):
+    """What was measured of one way to train."""
+
     tokens_per_second: float
     first_step: float  # seconds, with the compilation
     gib: float  # the highest memory of the timed steps

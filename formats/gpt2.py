@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from formats.hub_config import Fields
+from formats.hub_config import DECODER, Fields
 from formats.weights import InMemory, Renaming, WithoutPrefixes, expand
 from model import GPTConfig
 
@@ -71,11 +71,10 @@ def renaming(config: GPTConfig, kind: str) -> Renaming:
 def obstacles(config: GPTConfig) -> list[str]:
     """The options by which the config is not a GPT-2; none if it is one. Missing biases can be exported as zeros."""
     wanted: dict[str, tuple[Any, ...]] = {
-        "position": ("learned",), "norm": ("layernorm",), "qk_norm": (False,), "causal": (True,),
+        "position": ("learned",), "norm": ("layernorm",), "qk_norm": (False,),
         "mlp": ("gelu", "gelu_exact"), "norm_head": (False,), "n_kv_head": (config.n_head,),
-        "head_dim": (config.n_embd // config.n_head,), "sliding_window": (0,), "classes": ("",),
-        "n_encoder_layer": (0,), "post_norm": (False,),
-    }  # fmt: skip
+        "head_dim": (config.n_embd // config.n_head,), "sliding_window": (0,),
+    } | DECODER  # fmt: skip
     return [f"{key}={getattr(config, key)}" for key, good in wanted.items() if getattr(config, key) not in good]
 
 

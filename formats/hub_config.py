@@ -23,6 +23,10 @@ HARMLESS = {
 }  # fmt: skip
 
 
+# What our config must say of a model that is exported, for every class: option → its possible values
+DECODER: dict[str, tuple[Any, ...]] = {
+    "causal": (True,), "classes": ("",), "n_encoder_layer": (0,), "post_norm": (False,),
+}  # fmt: skip
 MOST, MOST_LAYERS = 1 << 26, 1000  # no model has so large a size, or so many layers
 LAYERS = ("num_hidden_layers", "n_layer")
 

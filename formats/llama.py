@@ -8,7 +8,7 @@ Sources: Touvron et al. 2023 (arXiv 2302.13971); the config.json and names of th
 import math
 from typing import Any
 
-from formats.hub_config import Fields
+from formats.hub_config import DECODER, Fields
 from formats.weights import Renaming, Weight, expand
 from model import GPTConfig
 
@@ -190,9 +190,8 @@ def type_of(config: GPTConfig) -> tuple[str, list[str]]:
     The head's row normalisation is no obstacle: the exported head is normalised already.
     """
     wanted: dict[str, tuple[Any, ...]] = {
-        "position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,), "causal": (True,),
-        "classes": ("",), "n_encoder_layer": (0,), "post_norm": (False,),
-    }  # fmt: skip
+        "position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,),
+    } | DECODER  # fmt: skip
     obstacles = [f"{key}={getattr(config, key)}" for key, good in wanted.items() if getattr(config, key) not in good]
     options = {
         "qk_norm": ("qwen3", config.qk_norm), "qkv_bias": ("qwen2", config.qkv_bias),

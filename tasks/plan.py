@@ -45,6 +45,8 @@ SHARDS = (2, NODE, 8 * NODE)  # numbers of processes for which the memory of fsd
 
 @dataclass
 class PlanOptions:
+    """The options of train.py and finetune.py that only plan a run."""
+
     plan: bool = False  # print the sizes, the memory and the time of this run, and exit
     memory: str = ""  # with --plan: the largest batch_size for this memory per process: 24GB | 24GiB | 24000MB
 

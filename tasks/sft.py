@@ -22,6 +22,8 @@ SHOWN = 3  # held-out questions that are answered aloud
 
 @dataclass
 class FinetuneConfig:
+    """The settings that finetune.py has beside those of training."""
+
     num_epochs: float = 0.0  # passes over the training conversations; 0 = max_iters steps
     packing: bool = True  # several conversations per row; False: one per row, padded to the longest of its batch
     train_on_prompt: bool = False  # count the users' words in the loss too

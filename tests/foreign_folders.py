@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -134,3 +135,8 @@ def write_talks(folder: Path) -> Path:
         rows = [{"instruction": f"one {i}", "output": "two"} for i in range(8)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+def one_mark(text):
+    """The text, with one U+FFFD in place of several side by side."""
+    return re.sub("\ufffd+", "\ufffd", text)

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from runs.importing import imported
 from runs.run import Run
 from tests import baichuan2_reference
 from tests.bpe_helpers import PROSE
-from tests.foreign_folders import EOT, byte_level, command, halve, publish, randomise, run_import, write_talks
+from tests.foreign_folders import EOT, byte_level, command, halve, one_mark, publish, randomise, run_import, write_talks
 from tests.foreign_models import save_baichuan2
 from tests.helpers import error_of, json_lines
 from tests.test_templates import BAICHUAN2, QWEN
@@ -114,11 +113,6 @@ STYLE = {"llama": "llama3", "qwen3": "chatml", "baichuan2": "baichuan2", "gpt2":
 def sampled(run, *options):
     (line,) = json_lines(command(sample.main, f"--out_dir={run.folder}", "--json", "--device=cpu", *options))
     return line
-
-
-def one_mark(text):
-    """The text, with one U+FFFD in place of several side by side."""
-    return re.sub("\ufffd+", "\ufffd", text)
 
 
 def test_greedy_text_is_that_of_the_owner(model):

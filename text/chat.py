@@ -23,6 +23,8 @@ EMPTY_ANSWER = "an empty answer"  # the reason of a BadConversation
 
 
 class Message(TypedDict):
+    """What one of those who talk says."""
+
     role: Role
     content: str
     weight: NotRequired[Literal[0, 1]]  # 0: the loss ignores this assistant message; the default is 1

@@ -314,10 +314,7 @@ def write_conversations(
 
 def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
     """Raise ValueError if writing to the folder would destroy something other than a conversation data set."""
-    for source in map(Path, sources):
-        for target in (folder / f"{split}.jsonl" for split in SPLITS):
-            if source.exists() and target.exists() and source.samefile(target):
-                raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
+    check_sources(folder, sources)
     found = None
     if folder.exists() and not folder.is_dir():
         found = "is a file"
@@ -336,6 +333,14 @@ def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
         found = f"holds a {own[0]} and no {META}, so it is not of this command"
     if found:
         raise ValueError(f"--output={folder} {found}: name a folder of its own")
+
+
+def check_sources(folder: Path, sources: Sequence[str | Path]) -> None:
+    """Raise ValueError if one of the files that are read is one of those that are to be written to the folder."""
+    for source in map(Path, sources):
+        for target in (folder / f"{split}.jsonl" for split in SPLITS):
+            if source.exists() and target.exists() and source.samefile(target):
+                raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
 
 
 def replace_together(folder: Path, contents: dict[str, bytes]) -> None:

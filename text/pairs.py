@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.files import read_json
 from common.textfile import check_text, json_values, split_text, text_parts
-from text.conversations import replace_together
+from text.conversations import check_sources, replace_together
 from text.corpus import META
 from text.prepare import add_vocab_size, learned_tokenizer
 from text.shards import SPLITS
@@ -157,10 +157,7 @@ def write_pairs(folder: str | Path, pairs: dict[str, list[Pair]], tokenizer: Tok
 
 def check_output(folder: Path, sources: Sequence[str] = ()) -> None:
     """Raise ValueError if writing to the folder would destroy something other than pairs, or one of the sources."""
-    written = [os.path.realpath(folder / f"{split}.jsonl") for split in SPLITS]
-    for source in sources:
-        if os.path.realpath(source) in written:
-            raise ValueError(f"--output={folder} would replace {source}, which is read: name another folder")
+    check_sources(folder, sources)
     meta = {}
     if (folder / META).is_file():
         try:

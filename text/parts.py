@@ -53,9 +53,9 @@ def is_done(folder: Path, part: dict) -> bool:
         return False
     try:
         for split in SPLITS:
-            _tokens(folder, meta, split).verify()
+            _tokens(folder, meta, split, "this part is prepared again").verify()
     except ValueError as error:
-        print(f"note: {str(error).partition(': prepare')[0]}: this part is prepared again", file=sys.stderr)
+        print(f"note: {error}", file=sys.stderr)
         return False
     return True
 
@@ -75,9 +75,9 @@ def check_not_joined(folder: Path) -> None:
         )
 
 
-def _tokens(folder: Path, meta: dict, split: str) -> Tokens:
-    """The tokens of a part. Raises ValueError for a file that has not its size."""
-    return Tokens(folder, shards_of(split, meta["splits"][split]), np.dtype(meta["dtype"]), meta["vocab_size"])
+def _tokens(folder: Path, meta: dict, split: str, advice: str) -> Tokens:
+    """The tokens of a part. Raises ValueError, which ends with the advice, for a file that has not its size."""
+    return Tokens(folder, shards_of(split, meta["splits"][split]), np.dtype(meta["dtype"]), meta["vocab_size"], advice)
 
 
 def join(folder: str | Path) -> dict:
@@ -97,13 +97,9 @@ def join(folder: str | Path) -> dict:
     splits = {split: _joined(metas, split) for split in SPLITS}
     check_splits(splits)
     for name, meta in metas.items():
-        try:
-            for split in SPLITS:
-                _tokens(folder / name, meta, split)
-        except ValueError as error:
-            number, of = map(int, PART.fullmatch(name).groups())  # type: ignore[union-attr]
-            wrong = str(error).partition(": prepare")[0]
-            raise ValueError(f"{wrong}: prepare this part again, by its command with --part {number}/{of}") from None
+        number, of = map(int, PART.fullmatch(name).groups())  # type: ignore[union-attr]
+        for split in SPLITS:  # every file has its size
+            _tokens(folder / name, meta, split, f"prepare this part again, by its command with --part {number}/{of}")
     spelled: Counter[str] = Counter()
     for meta in metas.values():
         spelled.update(meta["special_tokens_in_text"])

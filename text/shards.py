@@ -151,16 +151,20 @@ def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
 class Tokens:
     """The tokens of a split, from memory maps of its shards."""
 
-    def __init__(self, folder: Path, shards: list[dict], dtype: np.dtype, vocab_size: int):
-        """Raise ValueError if a file has not the size that its entry says."""
+    def __init__(self, folder: Path, shards: list[dict], dtype: np.dtype, vocab_size: int, advice: str = ""):
+        """Raise ValueError if a file has not the size that its entry says.
+
+        advice: how messages about damage end, by default that of `how_to_prepare`.
+        """
         self.folder, self.shards, self.vocab_size = folder, shards, vocab_size
+        self.advice = advice or how_to_prepare(folder)
         self._starts = [0, *itertools.accumulate(shard["tokens"] for shard in shards)]
         self._map = lru_cache(maxsize=MAPS)(partial(map_tokens, dtype=dtype))
         for shard in shards:
             path, expected = folder / shard["file"], shard["tokens"] * dtype.itemsize
             size = path.stat().st_size if path.is_file() else 0
             if size != expected:
-                raise ValueError(f"{str(path)!r} has {size} bytes instead of {expected}: {how_to_prepare(folder)}")
+                raise ValueError(f"{str(path)!r} has {size} bytes instead of {expected}: {self.advice}")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -176,7 +180,7 @@ class Tokens:
             if part.max() >= self.vocab_size:  # the embedding would fail on it
                 raise ValueError(
                     f"{str(path)} holds token id {part.max()}, beyond its vocabulary of {self.vocab_size:,}: "
-                    f"{how_to_prepare(self.folder)}"
+                    f"{self.advice}"
                 )
             parts.append(part)
             start, number = end, number + 1
@@ -188,4 +192,4 @@ class Tokens:
             path = self.folder / shard["file"]
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ValueError(f"{str(path)!r} is damaged (its SHA-256 differs): {how_to_prepare(self.folder)}")
+                    raise ValueError(f"{str(path)!r} is damaged (its SHA-256 differs): {self.advice}")

@@ -8,6 +8,8 @@ from common.config import UserPath, above, at_least, check_ranges
 
 @dataclass
 class TrainConfig:
+    """The settings of training, in a config file or on the command line."""
+
     out_dir: UserPath = "out/pydocs"  # the run's folder: config, tokenizer, log, checkpoints
     dataset: UserPath = "pydocs"  # a prepared corpus: a folder under data/, or any path
     init_from: UserPath = "scratch"  # scratch | resume (continue out_dir) | a run's folder (start from its weights)
