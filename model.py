@@ -103,11 +103,11 @@ class GPTConfig:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary position embedding: rotate each pair (x_i, x_{i+D/2}) by its position's angle.
 
-    x: (B, H, T, D); cos, sin: (T, D/2) or (B, 1, T, D/2), from `rope_table` [Su et al. 2021, eq. 34].
+    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D), from `rope_table`, the first half of sin with a minus sign:
+    x_i becomes x_i·cos - x_{i+D/2}·sin, and x_{i+D/2} becomes x_{i+D/2}·cos + x_i·sin [Su et al. 2021, eq. 34].
     The dot product of two rotated vectors depends only on the distance between their positions.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
 
 
 class Mask(NamedTuple):

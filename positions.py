@@ -82,18 +82,24 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
+def position_angles(length: int, frequencies: Tensor) -> Tensor:
+    """Position times frequency, (length, number of frequencies), in float64."""
+    return torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+
+
 def rope_table(
     length: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """cos and sin of the angles of positions 0…length-1, each (length, D/2).
+    """cos and sin of the angle by which each channel is rotated at positions 0…length-1, each (length, D).
 
+    Channels i and i+D/2 are a pair, with one angle; channel i of sin has a minus sign, as `model.rotate` needs it.
     YaRN lengthens both, and so queries and keys, by 0.1·ln(factor) + 1, which makes the attention of a longer context
     as sharp as before [Peng et al. 2023, section 3.4].
     """
-    frequencies = rope_frequencies(head_dim, theta, scaling)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    angles = position_angles(length, rope_frequencies(head_dim, theta, scaling))
     gain = 0.1 * math.log(scaling.factor) + 1 if scaling is not None and scaling.kind == "yarn" else 1.0
-    return (gain * angles.cos()).float(), (gain * angles.sin()).float()
+    cos, sin = (gain * angles.cos()).float(), (gain * angles.sin()).float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,8 +108,8 @@ def rope_table(
 
 def sinusoidal_table(length: int, n_embd: int) -> Tensor:
     """Sines in even channels, cosines in odd ones: (length, C) [Vaswani et al. 2017, section 3.5]."""
-    cos, sin = rope_table(length, n_embd, 10000.0)
-    return torch.stack((sin, cos), dim=-1).flatten(1)
+    angles = position_angles(length, rope_frequencies(n_embd, 10000.0))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
 
 
 def alibi_slopes(n_head: int) -> Tensor:

@@ -14,12 +14,12 @@ most GPUs do, and the authors' 2.6 trillion tokens are not public. From python t
     checkpoint       83.89 GiB; a run keeps up to 3
 
     memory of one process in bfloat16, with float32 weights, not compiled; not all parts are there at once:
-      weights           27.96 GiB  in float32
+      weights           27.97 GiB  in float32
       gradients         27.96 GiB
       optimizer state   55.92 GiB  adamw
-      activations       35.96 GiB  of 1 x 4,096 tokens
+      activations       34.96 GiB  of 1 x 4,096 tokens
       logits             9.56 GiB  output head and cross-entropy
-      peak             157.36 GiB  in the backward pass
+      peak             156.37 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8

@@ -15,14 +15,14 @@ It has not been trained to its end yet. This is what is known before, from pytho
       weights            0.46 GiB  in float32
       gradients          0.46 GiB
       optimizer state    0.60 GiB  muon
-      activations       16.00 GiB  of 32 x 1,024 tokens
+      activations       15.44 GiB  of 32 x 1,024 tokens
       logits             1.72 GiB  output head and cross-entropy
-      peak              19.24 GiB  in the backward pass
+      peak              18.68 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8
-      H100         80 GB         136         6.0         0.8
-      A100         80 GB         136        19.0         2.4
+      H100         80 GB         141         6.0         0.8
+      A100         80 GB         141        19.0         2.4
 """
 
 out_dir = "out/gpt2_124m"

@@ -16,15 +16,15 @@ trained to its end yet. This is what is known before, from python train.py confi
       weights            0.46 GiB  in float32
       gradients          0.46 GiB
       optimizer state    0.60 GiB  muon
-      activations        8.08 GiB  of 16 x 1,024 tokens
+      activations        7.80 GiB  of 16 x 1,024 tokens
       logits             1.72 GiB  output head and cross-entropy
-      peak              11.32 GiB  in the backward pass
+      peak              11.04 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8
-      L4           24 GB          36        49.0         6.1
-      RTX 4090     24 GB          36        36.0         4.5
-      RTX 3090     24 GB          36        83.6        10.4
+      L4           24 GB          37        49.0         6.1
+      RTX 4090     24 GB          37        36.0         4.5
+      RTX 3090     24 GB          37        83.6        10.4
 """
 
 out_dir = "out/gpt2_124m_24gb"

@@ -16,15 +16,15 @@ is what is known before, from python train.py config/llama_1b.py --plan:
       weights            4.01 GiB  in float32
       gradients          4.01 GiB
       optimizer state    4.39 GiB  muon
-      activations       29.10 GiB  of 8 x 2,048 tokens
+      activations       28.10 GiB  of 8 x 2,048 tokens
       logits             2.08 GiB  output head and cross-entropy
-      peak              43.59 GiB  in the backward pass
+      peak              42.59 GiB  in the backward pass
 
     time at 40% MFU without evaluations, and the largest batch_size that fits:
       GPU         memory  batch_size   GPU-hours  hours on 8
-      B200        180 GB          41        22.4         2.8
-      H100         80 GB          15        51.0         6.4
-      A100         80 GB          15       161.6        20.2
+      B200        180 GB          43        22.4         2.8
+      H100         80 GB          16        51.0         6.4
+      A100         80 GB          16       161.6        20.2
 """
 
 out_dir = "out/llama_1b"

@@ -125,10 +125,9 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer in the slots just taken; returns all of that layer, (B, K, S, D)."""
-        S = self.key_positions().size(1)
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[:, :, self.slots] = new.to(store.dtype)
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+        keys, values = self.k[layer], self.v[layer]
+        keys[:, :, self.slots], values[:, :, self.slots] = k, v
+        return (keys, values) if self.frozen else (keys[:, :, : self.used], values[:, :, : self.used])
 
     def last(self, T: int) -> Tensor:
         """Return the index of each row's last real token among the T tokens now being read: (B,)."""

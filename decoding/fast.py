@@ -5,7 +5,6 @@ tests/test_fast.py proves that each of these equals the plain model, except int8
 `sample.py --score=FILE --quantize=int8` measures how much that costs.
 """
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -14,31 +13,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.layers import replace_layers
+from decoding import native
 from decoding.cache import KVCache
 from decoding.kernels import read_tokens
-from model import GPT, Head
+from model import GPT, Head, Norm
 
 WORTH_RECORDING = 8  # fewest steps in which a CUDA graph saves more time than its recording takes
 ROWS = 16  # number of rows that packed weights are laid out for; the layout serves any other number too
+FEW = 1 << 14  # numbers, up to which a norm is computed by one thread
 
 
-class SplitLinear(nn.Module):
-    """A linear layer for one row: each of n cores multiplies its own part of x with its own part of the weight.
+class OneRowLinear(nn.Module):
+    """A linear layer for one row, with weights in float32 or bfloat16; x and the result are in float32.
 
-    On a CPU, decoding one row takes as long as reading the weights. Here each core reads one contiguous block, at the
-    full speed of memory; the usual kernels reach half of it.
+    On a CPU, decoding one row takes as long as reading the weights. decoding/native.cpp reads them at the full speed
+    of memory; PyTorch's kernels, which many rows still use, reach half of it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        n = math.gcd(weight.size(1), torch.get_num_threads())
-        self.weight = weight.detach().t().reshape(n, weight.size(1) // n, weight.size(0)).contiguous()
-        self.bias = bias
+        self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        n, part, _ = self.weight.shape
-        y = torch.bmm(x.reshape(-1, n, part).transpose(0, 1), self.weight).sum(0)  # (n, rows, out) → (rows, out)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        if x.numel() > x.size(-1):
+            y = F.linear(x.to(self.weight.dtype), self.weight).float()
+            return y if self.bias is None else y + self.bias
+        return native.linear(x, self.weight, None, self.bias).view(*x.shape[:-1], -1)
+
+
+class FewRowsNorm(nn.Module):
+    """An RMSNorm in float32 that takes one kernel for few rows, where PyTorch takes five."""
+
+    def __init__(self, norm: Norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > FEW or x.dtype != torch.float32:
+            return self.norm(x)
+        return native.rms_norm(x, self.norm.weight, self.norm.eps)
 
 
 class PackedLinear(nn.Module):
@@ -62,37 +75,46 @@ class Int8Linear(nn.Module):
         super().__init__()
         W = weight.detach().to(torch.float32, copy=True)  # the only copy of the layer; the rest is done in its place
         self.scale = torch.linalg.vector_norm(W, torch.inf, dim=1).clamp(min=1e-12) / 127
-        self.pad = (0, -W.size(1) % 16)  # zeros: the kernel reads 16 columns at once
-        self.q = F.pad(W.div_(self.scale[:, None]).round_().to(torch.int8), self.pad)
+        self.columns = -W.size(1) % 16  # of zeros, which are added: PyTorch's kernel reads 16 columns at once
+        self.q = F.pad(W.div_(self.scale[:, None]).round_().to(torch.int8), (0, self.columns))
         self.bias = None if bias is None else bias.detach().float()
         self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = F.pad(x.flatten(0, -2), self.pad)
-        if len(rows) <= ROWS:  # the kernel takes activations in bfloat16
+        rows = F.pad(x, (0, self.columns)) if self.columns else x
+        rows = rows.reshape(-1, rows.size(-1))
+        if len(rows) == 1 and native.library():
+            return native.linear(rows, self.q, self.scale, self.bias).view(*x.shape[:-1], -1)
+        if len(rows) <= ROWS:  # PyTorch's kernel takes activations in bfloat16
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
-        else:  # a prompt, with the same rounding: many rows are faster with the weights unpacked to float32 once
-            y = F.linear(rows.bfloat16().float(), self.q.float()).bfloat16().float() * self.scale
+        else:  # many rows are faster with the weights unpacked to float32 once
+            y = F.linear(rows, self.q.float()) * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
 def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
-    """Replace the model's linear layers by faster ones if it is on a CPU in float32; returns the model.
+    """Replace the model's linear layers by faster ones if it is on a CPU; returns the model, which computes in float32.
 
-    rows: how many texts or beams are decoded at once, for which the layers are laid out; they serve any number.
-    quantize: "none" or "int8", which rounds weights of up to 32 bits, layer by layer, and computes in float32.
-    Raises ValueError for int8 and a model elsewhere.
+    rows: how many texts or beams are decoded at once, for which the layers are chosen; they serve any number.
+    quantize: "none" or "int8", which rounds weights of up to 32 bits, layer by layer. Weights in bfloat16 stay so, and
+    are only sped up for one row. Raises ValueError for int8 and a model elsewhere.
     """
     weight = model.tok_emb.weight
     if quantize == "int8":
         check_int8(weight.device, torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)
-    elif weight.device.type != "cpu" or weight.dtype != torch.float32:
+        kind = Int8Linear
+    elif weight.device.type != "cpu":
         return model
-    if rows > 1 and quantize == "none" and not torch.backends.mkldnn.is_available():
+    elif rows == 1 and weight.dtype in (torch.float32, torch.bfloat16) and native.library():
+        kind = OneRowLinear
+    elif weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        kind = PackedLinear
+    else:
         return model
-    kind = Int8Linear if quantize == "int8" else SplitLinear if rows == 1 else PackedLinear
 
     def faster(_: str, layer: nn.Module) -> nn.Module | None:
+        if isinstance(layer, Norm) and layer.kind == "rmsnorm" and native.library():
+            return FewRowsNorm(layer)
         if not isinstance(layer, nn.Linear):
             return None
         return kind(layer.rows() if isinstance(layer, Head) else layer.weight, layer.bias)

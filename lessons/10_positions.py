@@ -115,9 +115,11 @@ def draw(T, shifts, shifted, long, lengths) -> None:
     cos, sin = rope_table(LENGTH, 16, 10000.0)
     for ring, (pair, colour) in enumerate(zip((0, 1, 2), COLOURS, strict=False)):
         radius = 3 - ring
-        circles.plot(radius * cos[:8, pair], radius * sin[:8, pair], "o-", color=colour, markersize=4, linewidth=0.8)
+        circles.plot(
+            radius * cos[:8, pair], radius * sin[:8, pair + 8], "o-", color=colour, markersize=4, linewidth=0.8
+        )
         for t in range(8 if ring < 2 else 0):  # the third turns too little for numbers
-            circles.annotate(str(t), (radius * cos[t, pair], radius * sin[t, pair]), fontsize=6.5, xytext=(3, 2),
+            circles.annotate(str(t), (radius * cos[t, pair], radius * sin[t, pair + 8]), fontsize=6.5, xytext=(3, 2),
                              textcoords="offset points")  # fmt: skip
     circles.set(title="RoPE: three pairs turn", aspect="equal", xticks=[], yticks=[])
     circles.spines[:].set_visible(False)

@@ -106,7 +106,7 @@ def main(small: bool):
     torch.set_num_threads(1)
     sizes()
     head_and_loss()
-    found = trained(30 if small else 200)
+    found = trained(60 if small else 200)
     print("\nSmall models:")
     rows = [
         [name, one["loss"], one["largest"].mean().item(), one["largest"].max().item()] for name, one in found.items()

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
+from decoding import native
 from decoding.beam import beam_search
 from decoding.cache import KVCache
-from decoding.fast import Int8Linear, PackedLinear, SplitLinear, next_step, speed_up
+from decoding.fast import FewRowsNorm, Int8Linear, OneRowLinear, PackedLinear, next_step, speed_up
 from decoding.stream import generate
-from model import GPT, GPTConfig, Head
+from model import GPT, GPTConfig, Head, Norm
 from tests.fake_cuda import emulated
-from tests.helpers import WINDOWS, assert_close, label, tokens
+from tests.helpers import WINDOWS, assert_close, label, random, tokens
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
 SHAPES = [{}, {"norm_head": True}, {"tie_embeddings": False, "bias": True, "norm": "layernorm"}, {"mlp": "gelu"},
@@ -31,7 +32,7 @@ def model(tiny_gpt):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 200])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [SplitLinear, PackedLinear])
+@pytest.mark.parametrize("kind", [OneRowLinear, PackedLinear])
 def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(shape[1], shape[0], bias=bias), torch.randn(rows, 1, shape[1])
@@ -39,9 +40,38 @@ def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
         assert_close(kind(layer.weight, layer.bias)(x), layer(x), 1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 191), (1000, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_the_product_with_one_row_is_that_of_the_rounded_weights(dtype, shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = (random(*shape) * 40).to(dtype)
+    x, scale, bias = (random(n, seed=n).float() for n in (shape[1], *shape[:1] * 2))
+    for s, b in ((None, None), (scale, None), (None, bias), (scale, bias)):
+        expected = weight.double() @ x.double() * (1 if s is None else s) + (0 if b is None else b)
+        size = weight.double().abs() @ x.double().abs() * (1 if s is None else s.abs()) + 1
+        assert ((native.linear(x, weight, s, b) - expected).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 20), (2, 3, 64), (1, 1, 9, 191)], ids=str)
+def test_the_norm_of_few_rows_equals_the_norm(shape):
+    norm = Norm(GPTConfig(vocab_size=1), shape[-1]).requires_grad_(False)
+    norm.weight.copy_(random(shape[-1]))
+    x = random(*shape).float()
+    assert_close(FewRowsNorm(norm)(x), norm(x), 1e-5)
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "without a compiler"])
+def compiler(request, monkeypatch):
+    """Whether decoding/native.cpp can be compiled."""
+    if not request.param:
+        monkeypatch.setattr(native, "library", lambda: None)
+    return request.param
+
+
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 200])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
-def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape):
+def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape, compiler):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(shape[1], shape[0]), torch.randn(rows, 1, shape[1]).bfloat16().float()
     with torch.inference_mode():
@@ -51,7 +81,7 @@ def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape):
     assert (error <= bound + 0.01 * (layer(x) - layer.bias).abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("rows, kind", [(1, SplitLinear), (4, PackedLinear)])
+@pytest.mark.parametrize("rows, kind", [(1, OneRowLinear), (4, PackedLinear)])
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows, kind):
     plain = model(**options)
@@ -62,6 +92,29 @@ def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows,
     for search in (lambda m: generate(m, PROMPTS, 20, temperature=0), lambda m: generate(m, PROMPTS, 20, seed=1),
                    lambda m: [beams[0].tokens for beams in beam_search(m, PROMPTS, 20)]):  # fmt: skip
         assert search(fast) == search(plain)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_weights_in_bfloat16_give_the_texts_of_a_float32_model_of_the_same_numbers(model, options):
+    half = model(**options).bfloat16()
+    plain, fast = copy.deepcopy(half).float(), speed_up(half)
+    assert sum(m.weight.dtype == torch.bfloat16 for m in fast.modules() if isinstance(m, OneRowLinear)) == 4 * 2 + 1
+    for search in (lambda m: generate(m, PROMPTS[1:2], 20, temperature=0), lambda m: generate(m, PROMPTS[1:2], 20)):
+        assert search(fast) == search(plain)
+
+
+def test_without_a_compiler_decoding_says_so_and_takes_pytorchs_kernels(model, monkeypatch, capfd):
+    plain, (one, *_) = model(), PROMPTS
+    for compiler, why in (("no-such-compiler", "No such file or directory: 'no-such-compiler'"), ("false", "exit")):
+        monkeypatch.setenv("CXX", compiler)
+        native.library.cache_clear()
+        fast = speed_up(copy.deepcopy(plain))
+        assert sum(isinstance(m, PackedLinear) for m in fast.modules()) == 4 * 2 + 1
+        assert generate(fast, [one], 20, temperature=0) == generate(plain, [one], 20, temperature=0)
+        speed_up(copy.deepcopy(plain), quantize="int8")
+        (said,) = capfd.readouterr().err.splitlines()  # once
+        assert said.startswith("note: ") and "native.cpp" in said and why in said
+    native.library.cache_clear()
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
