@@ -1,4 +1,4 @@
-"""Compile decoding/native.cpp for this machine, and call it: on a CPU, a linear layer applied to one row, and RMSNorm."""
+"""Compile decoding/native.cpp for this machine, and call it: a linear layer for one row, and RMSNorm, on a CPU."""
 
 import ctypes
 import os
@@ -47,13 +47,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """scale ⊙ (weight·x) + bias in float32, (out,), where there is the `library`.
+    """scale ⊙ (weight·x) + bias in float32, (…, out), where there is the `library`.
 
-    x: one row of n numbers in float32, of any shape; weight: (out, n) in float32, bfloat16 or int8, contiguous.
+    x: one row in float32, (…, n), the other sizes being 1; weight: (out, n) in float32, bfloat16 or int8, contiguous.
     scale, bias: (out,) in float32, or None. No gradient flows.
     """
     out, n = weight.shape
-    x, y = x.contiguous(), torch.empty(out)
+    x, y = x.contiguous(), torch.empty(x.shape[:-1] + (out,))
     s = None if scale is None else scale.data_ptr()
     b = None if bias is None else bias.data_ptr()
     function = getattr(library(), WEIGHTS[weight.dtype])
