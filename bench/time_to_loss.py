@@ -152,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="only the run that is to pass nanoGPT's loss")
     parser.add_argument("--plot", type=Path, help="draw the runs' losses to this file (needs matplotlib)")
     parser.add_argument("--steps", type=int, help="steps of the short run; default 150, with --gpu 400")
+    parser.add_argument("--ours", action="append", default=[], help="an option of our run, such as --ours=--n_layer=2")
     parser.add_argument("--tiny", action="store_true", help="tiny models for two steps: a check that all of it runs")
     arguments = parser.parse_args()
     if arguments.plot and (arguments.short or not arguments.nanogpt):
@@ -174,7 +175,7 @@ def main() -> None:
         work, text = Path(folder), arguments.input.resolve()
         timed([ROOT / "data/shakespeare_char/prepare.py", f"--input={text}", f"--output={work / 'corpus'}"], work)
         corpus, goal, theirs = Corpus(work / "corpus"), README_LOSS[device], None
-        ours_options = TINY_OURS if tiny else [] if gpu else [f"--eval_iters={EVAL_ITERS}"]
+        ours_options = [*(TINY_OURS if tiny else [] if gpu else [f"--eval_iters={EVAL_ITERS}"]), *arguments.ours]
         print(f"{machine}, torch {torch.__version__}\n")
         print("| run | parameters | seconds | val loss | nanoGPT's time / this |\n|---|---|---|---|---|", flush=True)
 
