@@ -185,7 +185,7 @@ def _line_values(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]
             continue
         place = f"{name}, line {number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=unique_fields)
         except (ValueError, RecursionError) as error:
             column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise ValueError(f"{place}: not valid JSON ({_reason(error)}{column})") from None
@@ -194,7 +194,7 @@ def _line_values(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]
 
 def _list_items(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
     """Yield (place, value) of each item of a JSON list, as soon as the item is complete."""
-    text, number = "", 0
+    text, number, decoder = "", 0, json.JSONDecoder(object_pairs_hook=unique_fields)
     mark = re.compile(r"\s*([\[,\]])\s*")  # the mark before an item, or the end of the list
     expected = "["
     for part in itertools.chain(parts, [None]):
@@ -211,7 +211,7 @@ def _list_items(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]
                 at, expected = end + 1, ""
                 break
             try:
-                value, at = json.JSONDecoder().raw_decode(text, end)
+                value, at = decoder.raw_decode(text, end)
             except (ValueError, RecursionError) as error:
                 if part is not None and _may_be_incomplete(error, text):
                     break
@@ -225,6 +225,18 @@ def _list_items(parts: Iterable[str], name: str) -> Iterator[tuple[str, object]]
         raise ValueError(f"{name}: not valid JSON, the list does not go on or end after item {number}")
     if text.strip():
         raise ValueError(f"{name}: not valid JSON, {text.strip()[:20]!r} follows the end of the list")
+
+
+def unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object's fields, as the object_pairs_hook of the module json.
+
+    Raises ValueError for a name that occurs twice: only one of its values would be kept.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" occurs twice in an object')
+    return fields
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.textfile import check_text
+from common.textfile import check_text, unique_fields
 from decoding.stream import prompt_tokens
 from model import GPT
 from text.chat import Message, Template
@@ -125,12 +125,12 @@ def parse_json(text: str, place: str) -> object:
         raise json.JSONDecodeError(f"{name} is no number", text, text.find(name))
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique_fields)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise ValueError(f"{place}: not valid JSON ({error.msg}, {where})") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, thousands of brackets
-        raise ValueError(f"{place}: not valid JSON (a number is too long, or it is nested too deeply)") from None
+    except (ValueError, RecursionError) as error:  # a field that occurs twice, thousands of digits or of brackets
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
 
 
 def check_fields(row: object, place: str) -> dict[str, Any]:

@@ -125,6 +125,7 @@ BAD = [
     ("{", "broken JSON", r"not valid JSON \(.*, column 2\)"),
     ("[" * 100_000, "broken JSON", "not valid JSON"),
     ("9" * 5000, "broken JSON", "not valid JSON"),
+    ('{"prompt": "a", "prompt": "b", "response": "c"}', "broken JSON", 'not valid JSON ."prompt" occurs twice'),
     (b'{"instruction": "\xe4", "output": "b"}', "text that is not UTF-8", "UTF-8 text .column 18: byte 0xe4.*iconv"),
     (3, "no known form", "a conversation must be an object, not a number"),
     ({"text": "a"}, "no known form", 'no conversation is found in the fields text: .*"messages", "conversations"'),

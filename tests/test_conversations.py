@@ -104,12 +104,13 @@ def test_your_own_conversations_are_prepared(tmp_path, prepare):
 def test_skip_bad_goes_on_and_ends_with_counts_by_reason(tmp_path, prepare):
     good = [{"messages": talk(f"u: {i}", "a: b"), "id": i} for i in range(1, 9)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(as_line, [*(bad for bad, _, _ in BAD), *good])))
-    (tmp_path / "b.json").write_text(json.dumps([bad for bad, _, _ in BAD if not isinstance(bad, str | bytes)]))
+    parsed = [bad for bad, _, _ in BAD if not isinstance(bad, str | bytes)]
+    (tmp_path / "b.json").write_text(json.dumps(parsed))
     files = ["--input", tmp_path / "a.jsonl", tmp_path / "b.json", "--output", tmp_path / "out"]
     assert prepare("chat", *files)[0] == 1 and not (tmp_path / "out").exists()
     status, shown, errors = prepare("chat", *files, "--skip_bad")
     assert status == 0 and not errors and sum(map(len, open_conversations(tmp_path / "out").values())) == 8
-    assert f"conversations left out ({2 * len(BAD) - 4}): " in shown
+    assert f"conversations left out ({len(BAD) + len(parsed)}): " in shown
     for reason, count in Counter(reason for _, reason, _ in BAD).items():
         of_files = count if reason in ("broken JSON", "text that is not UTF-8") else 2 * count
         assert f"{reason} ({of_files}, first in {tmp_path / 'a.jsonl'}, line " in shown

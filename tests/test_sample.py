@@ -141,6 +141,7 @@ def test_a_file_of_prompts_has_one_per_line_or_is_a_list(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "message 0 has the field 'weight"),
         ("a.jsonl", '{"prompt": "a", "n": ' + "1" * 5000 + "}", "line 1: not valid JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: not valid JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": 1}', 'line 2: not valid JSON ."prompt" occurs twice'),
         ("a.jsonl", "\n\n", "a.jsonl holds no prompts"),
         ("a.json", '{"prompt": "a"}', "a .json file must hold a list of prompts"),
         ("a.json", '[{"prompt": "a"},\n 3, }', r"a.json: not valid JSON \(.*line 2, column"),

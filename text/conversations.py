@@ -23,6 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.textfile import unique_fields
 from text.chat import EMPTY_ANSWER, BadConversation, Message
 from text.conversation_forms import messages_of
 from text.corpus import META
@@ -161,10 +162,13 @@ def _parse(text: str) -> object:
         advice = "convert the file, for example by iconv -f GB18030 -t UTF-8 OLD > NEW"
         return BadConversation("text that is not UTF-8", f"not UTF-8 text ({where}); {advice}")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_fields)
     except json.JSONDecodeError as error:
         return BadConversation("broken JSON", f"not valid JSON ({error.msg}, {_place(error.lineno, error.colno)})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested lists
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a field that occurs twice; a number of thousands of digits; thousands of nested lists
         return BadConversation("broken JSON", f"not valid JSON ({error})")
 
 
