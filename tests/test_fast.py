@@ -15,6 +15,7 @@ from tests.fake_cuda import emulated
 from tests.helpers import WINDOWS, assert_close, label, random, tokens
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler with OpenMP")
 SHAPES = [{}, {"norm_head": True}, {"tie_embeddings": False, "bias": True, "norm": "layernorm"}, {"mlp": "gelu"},
           {"mlp": "geglu", "qkv_bias": True, "nope_every": 2, "sliding_window": 5}]  # fmt: skip
 
@@ -32,7 +33,7 @@ def model(tiny_gpt):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 200])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [OneRowLinear, PackedLinear])
+@pytest.mark.parametrize("kind", [pytest.param(OneRowLinear, marks=needs_compiler), PackedLinear])
 def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(shape[1], shape[0], bias=bias), torch.randn(rows, 1, shape[1])
@@ -40,6 +41,7 @@ def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
         assert_close(kind(layer.weight, layer.bias)(x), layer(x), 1e-5)
 
 
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 191), (1000, 1000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -53,6 +55,7 @@ def test_the_product_with_one_row_is_that_of_the_rounded_weights(dtype, shape, t
         assert ((native.linear(x, weight, s, b) - expected).abs() <= 1e-6 * size).all()
 
 
+@needs_compiler
 @pytest.mark.parametrize("shape", [(1,), (1, 1, 20), (2, 3, 64), (1, 1, 9, 191)], ids=str)
 def test_the_norm_of_few_rows_equals_the_norm(shape):
     norm = Norm(GPTConfig(vocab_size=1), shape[-1]).requires_grad_(False)
@@ -61,7 +64,7 @@ def test_the_norm_of_few_rows_equals_the_norm(shape):
     assert_close(FewRowsNorm(norm)(x), norm(x), 1e-5)
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "without a compiler"])
+@pytest.fixture(params=[pytest.param(True, marks=needs_compiler), False], ids=["compiled", "without a compiler"])
 def compiler(request, monkeypatch):
     """Whether decoding/native.cpp can be compiled."""
     if not request.param:
@@ -81,7 +84,7 @@ def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape, compil
     assert (error <= bound + 0.01 * (layer(x) - layer.bias).abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("rows, kind", [(1, OneRowLinear), (4, PackedLinear)])
+@pytest.mark.parametrize("rows, kind", [pytest.param(1, OneRowLinear, marks=needs_compiler), (4, PackedLinear)])
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows, kind):
     plain = model(**options)
@@ -94,6 +97,7 @@ def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows,
         assert search(fast) == search(plain)
 
 
+@needs_compiler
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_weights_in_bfloat16_give_the_texts_of_a_float32_model_of_the_same_numbers(model, options):
     half = model(**options).bfloat16()
