@@ -104,7 +104,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary position embedding: rotate each pair (x_i, x_{i+D/2}) by its position's angle.
 
     x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D), from `rope_table`, the first half of sin with a minus sign:
-    x_i becomes x_i·cos - x_{i+D/2}·sin, and x_{i+D/2} becomes x_{i+D/2}·cos + x_i·sin [Su et al. 2021, eq. 34].
+    x_i becomes x_i·cos θ - x_{i+D/2}·sin θ, and x_{i+D/2} becomes x_{i+D/2}·cos θ + x_i·sin θ [Su et al. 2021, eq. 34].
     The dot product of two rotated vectors depends only on the distance between their positions.
     """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
@@ -260,8 +260,8 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         self.rotates = not config.nope_every or (layer + 1) % config.nope_every != 0  # where there is RoPE at all
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias or config.qkv_bias)  # faster than three
-        self.out = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.qkv = fused.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias or config.qkv_bias)  # one for speed
+        self.out = fused.Linear(H * D, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (Norm(config, D) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rope, mask: Mask, cache) -> Tensor:
@@ -287,8 +287,8 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         stacked = 2 if config.mlp in GATED else 1  # gate and up
-        self.up = nn.Linear(config.n_embd, stacked * config.mlp_dim, bias=config.bias)
-        self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+        self.up = fused.Linear(config.n_embd, stacked * config.mlp_dim, bias=config.bias)
+        self.down = fused.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -330,7 +330,7 @@ class Head(nn.Linear):
         return F.normalize(self.weight, dim=-1) if self.norm_rows else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.rows())
+        return fused.linear(x, self.rows())
 
 
 class GPT(nn.Module):

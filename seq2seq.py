@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from classifier import Classifier
+from fused import Linear
 from model import GPT, MLP, Attention, Block, GPTConfig, Mask, Norm, attention, attention_mask, prepare_mask
 
 
@@ -52,9 +53,9 @@ class CrossAttention(nn.Module):
         self.config = config
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
         biases = config.bias or config.qkv_bias
-        self.queries = nn.Linear(config.n_embd, H * D, bias=biases)
-        self.keys_values = nn.Linear(config.n_embd, 2 * K * D, bias=biases)
-        self.out = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.queries = Linear(config.n_embd, H * D, bias=biases)
+        self.keys_values = Linear(config.n_embd, 2 * K * D, bias=biases)
+        self.out = Linear(H * D, config.n_embd, bias=config.bias)
         self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
 

@@ -126,7 +126,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer in the slots just taken; returns all of that layer, (B, K, S, D)."""
         keys, values = self.k[layer], self.v[layer]
-        keys[:, :, self.slots], values[:, :, self.slots] = k, v
+        keys[:, :, self.slots], values[:, :, self.slots] = k.to(keys.dtype), v.to(values.dtype)
         return (keys, values) if self.frozen else (keys[:, :, : self.used], values[:, :, : self.used])
 
     def last(self, T: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Faster decoding of the same model: weights laid out for few rows, int8 weights, and steps as CUDA graphs.
 
 `speed_up` changes a model for decoding only: afterwards it can neither be trained nor saved.
-tests/test_fast.py proves that each of these equals the plain model, except int8, which rounds the weights:
-`sample.py --score=FILE --quantize=int8` measures how much that costs.
+tests/test_fast.py proves that each of these equals the plain model in float32, except int8, which rounds the weights:
+`sample.py --score=FILE --quantize=int8` measures how much that costs. Beams and batches of up to 16 rows round
+activations to bfloat16 besides.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from common.layers import replace_layers
 from decoding import native
 from decoding.cache import KVCache
 from decoding.kernels import read_tokens
+from fused import linear
 from model import GPT, Head, Norm
 
 WORTH_RECORDING = 8  # fewest steps in which a CUDA graph saves more time than its recording takes
@@ -35,25 +37,25 @@ class OneRowLinear(nn.Module):
         self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.size(-1):
-            y = F.linear(x.to(self.weight.dtype), self.weight).float()
-            return y if self.bias is None else y + self.bias
-        return native.linear(x, self.weight, None, self.bias)
+        if native.is_one_row(x, self.weight.size(1)):
+            return native.linear(x, self.weight, None, self.bias)
+        y = linear(x.to(self.weight.dtype), self.weight).float()
+        return y if self.bias is None else y + self.bias
 
     __call__ = forward  # without the hooks of nn.Module, which take a microsecond
 
 
 class FewRowsNorm(nn.Module):
-    """An RMSNorm in float32 that takes one kernel for few rows, where PyTorch takes five."""
+    """An RMSNorm in float32 that takes one kernel for few rows, where PyTorch takes seven."""
 
     def __init__(self, norm: Norm):
         super().__init__()
-        self.norm = norm
+        self.weight, self.eps = norm.weight, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > FEW or x.dtype != torch.float32:
-            return self.norm(x)
-        return native.rms_norm(x, self.norm.weight, self.norm.eps)
+        if x.numel() <= FEW and x.dtype == self.weight.dtype == torch.float32 and x.is_cpu:
+            return native.rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x.type_as(self.weight), self.weight.shape, self.weight, self.eps).type_as(x)
 
     __call__ = forward
 
@@ -86,24 +88,25 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self.columns)) if self.columns else x
-        if x.numel() == x.size(-1) and native.library():
+        if native.is_one_row(x, self.q.size(1)) and native.library():
             return native.linear(x, self.q, self.scale, self.bias)
         rows = x.flatten(0, -2)
         if len(rows) <= ROWS:  # PyTorch's kernel takes activations in bfloat16
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
         else:  # many rows are faster with the weights unpacked to float32 once
-            y = F.linear(rows, self.q.float()) * self.scale
+            y = linear(rows, self.q.float()) * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     __call__ = forward
 
 
 def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
-    """Replace the model's linear layers by faster ones if it is on a CPU; returns the model, which computes in float32.
+    """Replace the model's linear layers by faster ones if it is on a CPU; returns the model.
 
     rows: how many texts or beams are decoded at once, for which the layers are chosen; they serve any number.
-    quantize: "none" or "int8", which rounds weights of up to 32 bits, layer by layer. Weights in bfloat16 stay so, and
-    are only sped up for one row. Raises ValueError for int8 and a model elsewhere.
+    quantize: "none" or "int8", which rounds weights of up to 32 bits, layer by layer. Weights in bfloat16 stay so, but
+    for the token embedding, and are only sped up for one row. What is sped up computes in float32; a model in another
+    precision is left as it is. Raises ValueError for int8 and a model elsewhere.
     """
     weight = model.tok_emb.weight
     if quantize == "int8":
@@ -119,7 +122,7 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
         return model
 
     def faster(_: str, layer: nn.Module) -> nn.Module | None:
-        if isinstance(layer, Norm) and layer.kind == "rmsnorm" and native.library():
+        if isinstance(layer, Norm) and layer.kind == "rmsnorm" and kind is not PackedLinear and native.library():
             return FewRowsNorm(layer)
         if not isinstance(layer, nn.Linear):
             return None

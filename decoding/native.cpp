@@ -1,7 +1,7 @@
 // Two layers for decoding one text on a CPU: y = s ⊙ (W·x) + b for one row x, and RMSNorm for few rows.
 //
 // Decoding a token takes as long as reading all weights, and PyTorch's kernels, made for many rows, reach half of the
-// memory's speed for one. Here W is read once and in order, at the full speed. RMSNorm takes PyTorch five kernels.
+// memory's speed for one. Here W is read once and in order, at the full speed. RMSNorm takes PyTorch seven kernels.
 // decoding/native.py compiles this file for the processor at hand, when it is first needed.
 
 #include <cmath>
@@ -19,8 +19,8 @@ struct bfloat16 {  // the upper half of a float
 };
 
 // The dot product of n weights and n numbers. 64 sums, of every 64th product, stay in the processor's vector registers
-// and are added up at the end: one sum alone would make each addition wait for the one before it. What lies AHEAD bytes
-// behind the weights is fetched from memory meanwhile: mostly the next rows of W.
+// and are added up at the end: one sum alone would make each addition wait for the one before it. Meanwhile the weights
+// AHEAD bytes further on, of this row or the next ones, are fetched from memory.
 template <typename Weight>
 static float dot(const Weight* w, const float* x, int64_t n) {
     const int LANES = 64, AHEAD = 2048, CACHE_LINE = 64;

@@ -37,6 +37,32 @@ def fused_loss(rows, smoothing=0.0, max_z=0.0):
     return fused.linear_cross_entropy(*rows, ignore_index=IGNORED, label_smoothing=smoothing, max_z=max_z)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 5), (7, 3), (2, 4, 64), (3, 1, 17)], ids=str)
+@pytest.mark.parametrize("m", [1, 5, 96])
+def test_a_linear_layer_by_onednn_equals_the_product_in_float64_with_its_gradients(m, shape, bias):
+    x, W, b, dy = random(*shape), random(m, shape[-1], seed=2), random(m, seed=3), random(*shape[:-1], m, seed=4)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        taken = [v.to(dtype).requires_grad_() for v in ((x, W, b) if bias else (x, W))]
+        y = fused.linear(*taken)
+        assert (y.grad_fn.name() == "LinearByOneDNNBackward") == (dtype == torch.float32)
+        found.append([y, *torch.autograd.grad(y, taken, dy.to(dtype))])
+    for one, expected in zip(*found, strict=True):
+        assert_close(one.double(), expected, 1e-4)
+
+
+def test_a_linear_layer_computes_no_gradient_that_nobody_wants_and_names_wrong_shapes_as_pytorch_does():
+    x, W = random(4, 6).float(), random(5, 6).float()
+    for wanted in ((True, False), (False, True)):
+        taken = [v.clone().requires_grad_(one) for v, one in zip((x, W), wanted, strict=True)]
+        fused.linear(*taken).sum().backward()
+        assert [v.grad is not None for v in taken] == list(wanted)
+    assert fused.linear(torch.zeros(0, 6), W).shape == (0, 5) and fused.linear(x[0], W).shape == (5,)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fused.linear(x[:, :5], W)
+
+
 @pytest.mark.parametrize("max_z", [0.0, 0.1])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_in_chunks_and_its_gradients_equal_those_of_whole_logits(rows, smoothing, max_z):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common.compiler import CPP_COMPILERS
 from model import GPT
 from training.config import TrainConfig
 from training.device import Process, peak_flops
@@ -46,7 +47,7 @@ def missing_tool(device: torch.device) -> str | None:
         named, names = os.environ.get("CC"), ("gcc", "clang")
     else:
         windows = sys.platform == "win32"
-        named, names = os.environ.get("CXX"), ("cl",) if windows else ("g++", "clang++", "c++")
+        named, names = os.environ.get("CXX"), ("cl",) if windows else CPP_COMPILERS
     if not any(shutil.which(name) for name in ([named] if named else names)):
         return f"a compiler ({named or ' or '.join(names)})"
     if not (header := Path(sysconfig.get_path("include"), "Python.h")).is_file():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fused
 from common.layers import replace_layers
 from model import GPT, Head
 
@@ -37,7 +38,7 @@ class LoraConfig:
                 raise ValueError(f"lora_targets: no layer is called {name!r}; choose among {','.join(TARGETS)}")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(fused.Linear):
     """A linear layer with a frozen weight and a trained correction of rank r."""
 
     def __init__(self, linear: nn.Linear, lora: LoraConfig):
@@ -50,11 +51,11 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros_like(linear.weight[:, :1].expand(-1, lora.rank)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return super().forward(x) + self.scale * fused.linear(fused.linear(x, self.lora_A), self.lora_B)
 
     def merge(self) -> nn.Linear:
         """The plain layer with the same output."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear = fused.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.data + self.scale * self.lora_B.data @ self.lora_A.data)
         linear.bias = self.bias
         return linear
@@ -98,8 +99,8 @@ class HeadWithNewRows(Head):
         after = before + self.lora_rows
         if self.norm_rows:
             before, after = F.normalize(before, dim=-1), F.normalize(after, dim=-1)
-        logits = F.linear(x, super().rows())  # in autocast's precision, which need not be x's
-        return logits.index_add_(-1, self.ids, F.linear(x, after - before).type_as(logits))
+        logits = fused.linear(x, super().rows())  # in autocast's precision, which need not be x's
+        return logits.index_add_(-1, self.ids, fused.linear(x, after - before).type_as(logits))
 
 
 def add_lora(model: GPT, lora: LoraConfig) -> None:
