@@ -194,7 +194,8 @@ def open_model(config: SampleConfig) -> TextModel:
     # int8 rounds what is stored, layer by layer: no float32 copy of all weights is made
     stored = config.quantize == "int8" and not config.score
     gpt, tokenizer = run.load_model(config.checkpoint, None if stored else dtype).to(device), run.tokenizer
-    if not config.score:  # --score also measures the model without quantization
+    # --score also measures the model without quantization; what fills and classifies reads its text at once
+    if not config.score and (config.quantize != "none" or config.way() not in (FILL, CLASSIFY)):
         gpt = speed_up(gpt, config.rows(), config.quantize)
     if not run.fine_tuned:
         return TextModel(gpt, tokenizer, None)
