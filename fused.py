@@ -35,36 +35,36 @@ def suits_onednn(x: Tensor, W: Tensor) -> bool:
     return fits and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
 
 
+def onednn(x: Tensor, W: Tensor) -> Tensor:
+    """x·Wᵀ for x (…, n) and W (m, n) that suit oneDNN, outside autograd."""
+    return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
+
+
 def product(x: Tensor, W: Tensor) -> Tensor:
     """x·Wᵀ for x (…, n) and W (m, n), outside autograd.
 
     In float32 on a CPU oneDNN computes it. PyTorch would take MKL, which reaches half of an AMD processor's speed.
     """
-    return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "") if suits_onednn(x, W) else x @ W.T
-
-
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ·x, (m, n), for dy (N, m) and x (N, n). oneDNN takes up to half the time with the narrower one first."""
-    if suits_onednn(x.T, dy.T) and dy.size(1) > x.size(1):
-        return product(x.T, dy.T).T
-    return product(dy.T, x.T)
+    return onednn(x, W) if suits_onednn(x, W) else x @ W.T
 
 
 class LinearByOneDNN(torch.autograd.Function):
-    """y = x·Wᵀ + b and its gradients dy·W, dyᵀ·x and the sum of dy's rows."""
+    """y = x·Wᵀ + b and its gradients dy·W, dyᵀ·x and the sum of dy's rows, for x and W that suit oneDNN."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        y = product(x, weight)
+        y = onednn(x, weight)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight), rows = ctx.saved_tensors, dy.flatten(0, -2)
-        wanted = ctx.needs_input_grad
-        dx = product(dy, weight.T) if wanted[0] else None
-        dW = weight_gradient(rows, x.flatten(0, -2)) if wanted[1] else None
+        (x, weight), wanted, dx, dW = ctx.saved_tensors, ctx.needs_input_grad, None, None
+        rows, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, m), (N, n)
+        if wanted[0]:
+            dx = onednn(dy, weight.T)
+        if wanted[1]:  # with the narrower factor first, which takes up to half the time
+            dW = onednn(x.T, rows.T).T if rows.size(1) > x.size(1) else onednn(rows.T, x.T)
         return dx, dW, rows.sum(0) if wanted[2] else None
 
 

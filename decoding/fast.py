@@ -2,8 +2,8 @@
 
 `speed_up` changes a model for decoding only: afterwards it can neither be trained nor saved.
 tests/test_fast.py proves that each of these equals the plain model in float32, except int8, which rounds the weights:
-`sample.py --score=FILE --quantize=int8` measures how much that costs. Beams and batches of up to 16 rows round
-activations to bfloat16 besides.
+`sample.py --score=FILE --quantize=int8` measures how much that costs. With int8, beams and batches of up to 16 rows
+round activations to bfloat16 besides.
 """
 
 from collections.abc import Callable
@@ -45,17 +45,17 @@ class OneRowLinear(nn.Module):
     __call__ = forward  # without the hooks of nn.Module, which take a microsecond
 
 
-class FewRowsNorm(nn.Module):
+class FewRowsNorm(Norm):
     """An RMSNorm in float32 that takes one kernel for few rows, where PyTorch takes seven."""
 
     def __init__(self, norm: Norm):
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
+        nn.Module.__init__(self)
+        self.kind, self.eps, self.weight, self.bias = norm.kind, norm.eps, norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= FEW and x.dtype == self.weight.dtype == torch.float32 and x.is_cpu:
             return native.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.type_as(self.weight), self.weight.shape, self.weight, self.eps).type_as(x)
+        return super().forward(x)
 
     __call__ = forward
 

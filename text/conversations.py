@@ -165,10 +165,7 @@ def _parse(text: str) -> object:
         return json.loads(text, object_pairs_hook=unique_fields)
     except json.JSONDecodeError as error:
         return BadConversation("broken JSON", f"not valid JSON ({error.msg}, {_place(error.lineno, error.colno)})")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a field that occurs twice; a number of thousands of digits; thousands of nested lists
+    except (ValueError, RecursionError) as error:  # a field twice, thousands of digits, thousands of nested lists
         return BadConversation("broken JSON", f"not valid JSON ({error})")
 
 
