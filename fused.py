@@ -2,6 +2,7 @@
 
 Notable:
 - `Linear` multiplies by oneDNN on a CPU, which is twice as fast as PyTorch's own product on an AMD processor;
+- `scaled_dot_product_attention` takes PyTorch's kernel in the precision that is fast on the device;
 - `linear_cross_entropy` computes output head and loss a few rows at a time: the logits (B·T, V) never exist;
 - `ByDocument` (on a CPU) and `Flex` (compiled, on CUDA) attend within the documents of packed rows, and `Flex` with
   ALiBi or a sliding window, without a mask of (T, T) numbers: their memory is linear in T.
@@ -155,6 +156,19 @@ class LinearCrossEntropy(torch.autograd.Function):
 # Attention without a (T, T) mask
 
 
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
+    """F.scaled_dot_product_attention, with its options; under autocast on a CPU it computes in float32.
+
+    There the backward pass takes four times as long in bfloat16, even on processors whose products are faster in it.
+    """
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask, **options).type_as(q)
+
+
 class ByDocument:
     """Attention of packed rows on a CPU: documents of similar lengths are cut out and attend side by side.
 
@@ -199,9 +213,9 @@ class ByDocument:
         parts, places = [], []
         for index, real, visible in self.groups:
             n, L = index.shape
-            cut = (x[index.flatten()].view(n, L, H, D).transpose(1, 2) for x in (q, k, v))
+            cut = [x[index.flatten()].view(n, L, H, D).transpose(1, 2) for x in (q, k, v)]
             causal = self.causal and visible is None
-            y = F.scaled_dot_product_attention(*cut, attn_mask=visible, is_causal=causal, dropout_p=dropout)
+            y = scaled_dot_product_attention(*cut, attn_mask=visible, is_causal=causal, dropout_p=dropout)
             parts.append(y.transpose(1, 2)[real])
             places.append(index[real])
         back = torch.cat(places).argsort()

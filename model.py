@@ -217,7 +217,7 @@ def attention(
         y = mask.kernel(q, k, v, dropout)
     elif kind == "flash":
         M = M if M is None else M.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=mask.causal, dropout_p=dropout)
+        y = fused.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=mask.causal, dropout_p=dropout)
     else:
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
         if mask.causal:

@@ -188,7 +188,7 @@ def open_model(config: SampleConfig) -> TextModel:
                          "it can neither continue a text nor score one, but fill its blanks, by --fill")  # fmt: skip
     if run.model_config.n_encoder_layer and (config.score or config.chat or config.fill):
         raise ValueError(f"{config.out_dir}: this model translates: give it a source by --prompt or --prompts")
-    dtype = DTYPES[pick_dtype(config.dtype, device)]
+    dtype = DTYPES[pick_dtype(config.dtype, device, trains=False)]
     if config.quantize == "int8":
         check_int8(device, dtype)
     # int8 rounds what is stored, layer by layer: no float32 copy of all weights is made

@@ -35,6 +35,7 @@ def one_layer(T: int, batch: str, kernel: str, device: str) -> Callable[[], dict
     from training.device import autocast, pick_device, pick_dtype
 
     picked = pick_device(device)
+    dtype = pick_dtype("auto", picked) if picked.type == "cuda" else "float32"  # as attention on a CPU always is
     torch.manual_seed(0)
     config = GPTConfig(
         block_size=T, vocab_size=V, n_layer=1, n_head=H, n_embd=H * D, mlp_dim=64, attention=kernel,
@@ -56,7 +57,7 @@ def one_layer(T: int, batch: str, kernel: str, device: str) -> Callable[[], dict
 
     def forward_and_backward() -> dict:
         model.zero_grad(set_to_none=True)
-        with autocast(picked, pick_dtype("auto", picked)):
+        with autocast(picked, dtype):
             _, loss = network(tokens[:, :-1], tokens[:, 1:], **packing)
         loss.backward()
         return {"loss": loss.detach(), **{name: weight.grad for name, weight in model.named_parameters()}}

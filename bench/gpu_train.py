@@ -95,7 +95,7 @@ def our_engine(arguments: tuple[str, ...], shape: Shape, device: str, compiled: 
         batch=partial(synthetic, shape), validation=lambda *_: iter(()), tokens_per_byte=1.0,
         tokens_per_step=tokens_per_step(shape), steps_per_pass=1.0, fixed_shapes=True, tokenizer=None, preview=str,
     )  # fmt: skip
-    trainer = Trainer(model, make_optimizers(model, config), task, config, process)
+    trainer = Trainer(model, make_optimizers(model, config, process), task, config, process)
 
     def step(i: int) -> Tensor:
         batches, target_count = trainer.next_batches(i)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.fake_cuda import emulated
-from training.device import Peak, Process, pick_device, seed_random, start_process
+from training.device import Peak, Process, pick_device, pick_dtype, seed_random, start_process
 
 CPU = torch.device("cpu")
 
@@ -25,6 +25,25 @@ def test_a_picked_gpu_has_its_index_and_one_that_is_not_there_is_refused(kind, t
         for name in missing:
             with pytest.raises(ValueError, match=f"device={name}: PyTorch finds .* try --device=cpu"):
                 pick_device(name)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")], ids=str
+)
+def test_a_gpu_computes_in_bfloat16_if_it_does_not_emulate_it(monkeypatch, capability, dtype):
+    with emulated("cuda"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert pick_dtype("auto", pick_device("cuda")) == pick_dtype("auto", pick_device("cuda"), trains=False) == dtype
+
+
+@pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", "neither"])
+def test_a_cpu_trains_in_bfloat16_if_it_does_not_emulate_it_and_decodes_in_float32(monkeypatch, has):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
+    assert pick_dtype("auto", CPU) == ("float32" if has == "neither" else "bfloat16")
+    assert pick_dtype("auto", CPU, trains=False) == "float32"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert pick_dtype("auto", CPU) == "float32"
 
 
 def test_seeding_decides_all_random_numbers_of_the_cpu_and_of_the_device():
@@ -74,7 +93,7 @@ def test_each_process_sets_its_own_gpu_before_it_joins_and_joins_with_it(joined,
 
 
 def test_on_cpus_processes_join_without_a_device(joined):
-    assert start_process("cpu", "auto", 2) == Process(3, 2, CPU, "float32")
+    assert start_process("cpu", "auto", 2) == Process(3, 2, CPU, pick_dtype("auto", CPU))
     assert joined == [("gloo", {}, None)]  # gloo refuses a device_id
 
 

@@ -170,16 +170,18 @@ def test_nothing_of_the_emulation_is_left_behind():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_training_gives_the_cpus_losses(pretrain, compared, dtype):  # noqa: F811
-    compared(lambda device: losses(pretrain("a", *TRAIN, f"--dtype={dtype}", f"--device={device}")))
+    # A CPU attends in float32; in bfloat16 both write the softmax out
+    precision = [f"--dtype={dtype}", *(["--attention=math"] if dtype == "bfloat16" else [])]
+    compared(lambda device: losses(pretrain("a", *TRAIN, *precision, f"--device={device}")))
 
 
 def test_previews_are_the_cpus(pretrain, compared):  # noqa: F811
     compared(lambda device: losses(pretrain("a", *TRAIN, *PREVIEW, f"--device={device}")))
 
 
-def test_the_default_precision_is_bfloat16_and_muon_follows_the_cpu(pretrain, gpu, capsys):  # noqa: F811
-    runs = [pretrain(f"on_{device}", "--compile=False", "--dropout=0.1", f"--device={device}")
-            for device in ("cpu", "auto")]  # fmt: skip
+def test_the_default_precision_is_bfloat16_and_close_to_float32(pretrain, gpu, capsys):  # noqa: F811
+    runs = [pretrain(f"on_{device}", "--compile=False", "--dropout=0.1", f"--device={device}", f"--dtype={dtype}")
+            for device, dtype in (("cpu", "float32"), ("auto", "auto"))]  # fmt: skip
     assert "float32 on 1 x cpu" in (out := capsys.readouterr().out) and "bfloat16 on 1 x cuda:0" in out
     cpu, cuda = (torch.tensor(losses(run)) for run in runs)
     assert 1e-6 < (cpu - cuda).abs().max() < 0.02

@@ -26,10 +26,11 @@ from text.conversations import read_conversations
 from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
-BASE = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--mlp_dim=32", "--block_size=48", "--device=cpu"]
+BASE = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--mlp_dim=32", "--block_size=48", "--device=cpu",
+        "--dtype=float32"]  # fmt: skip
 LEARN = ["--max_iters=150", "--eval_interval=150", "--optimizer=muon", "--learning_rate=0.02"]
 RUN = ["--batch_size=8", "--max_iters=8", "--eval_interval=4", "--log_interval=1", "--learning_rate=0.01",
-       "--eval_questions=6", "--eval_tokens=12", "--device=cpu"]  # fmt: skip
+       "--eval_questions=6", "--eval_tokens=12", "--device=cpu", "--dtype=float32"]  # fmt: skip
 WORDS = "the quick brown fox jumps over a lazy dog and sleeps".split()
 
 
@@ -211,9 +212,10 @@ def test_a_fine_tuned_model_answers_and_chats(command, monkeypatch, tmp_path, ca
             assert stopped.code == 1
             return capsys.readouterr()
 
-    line = json.loads(sample("--prompt=quick", "--json").out)
-    assert line["prompt"] == "quick" and line["finish"] == "eos"
-    assert len(set(line["text"].split()) & set("brown fox jumps over a lazy dog".split())) > 2  # it learned words
+    lines = [json.loads(sample(f"--prompt={word}", "--json").out) for word in WORDS]
+    assert [line["prompt"] for line in lines] == WORDS and {line["finish"] for line in lines} == {"eos"}
+    assert sum(len(set(line["text"].split()) & set(WORDS)) for line in lines) > 30  # it learned words
+    line = lines[WORDS.index("quick")]
     assert sample("--prompt=quick").out == line["text"] + "\n"
     beam = json.loads(sample("--prompt=quick", "--num_beams=3", "--json").out)
     assert beam["finish"] == "eos" and "<|end|>" not in beam["text"]

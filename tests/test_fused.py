@@ -14,6 +14,7 @@ from tests.helpers import assert_close, random
 from tests.test_attention import gradients
 from training.device import autocast
 
+CPU = torch.device("cpu")
 N, C, V, IGNORED = 700, 24, 50, -100  # rows: three chunks of at least 256
 
 
@@ -159,7 +160,7 @@ def test_in_bfloat16_the_residual_stream_is_bfloat16_and_the_loss_close_to_float
         block.register_forward_hook(lambda _, inputs, output: streams.append(output.dtype))
     losses, slopes = [], []
     for dtype in ("float32", "bfloat16"):
-        with autocast(torch.device("cpu"), dtype):
+        with autocast(CPU, dtype):
             _, loss = model(idx, idx.roll(-1, 1))
         losses.append(loss.item())
         slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
@@ -167,6 +168,18 @@ def test_in_bfloat16_the_residual_stream_is_bfloat16_and_the_loss_close_to_float
     assert streams == [torch.float32] * layers + [torch.bfloat16] * layers
     assert abs(losses[0] - losses[1]) < 2e-3 * losses[0]
     assert (slopes[0] - slopes[1]).norm() < 0.03 * slopes[0].norm()
+
+
+@pytest.mark.parametrize("masked", ["causal", "booleans", "numbers"])
+def test_under_autocast_a_cpu_attends_in_float32(masked):
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    visible = torch.ones(5, 5, dtype=torch.bool).tril()
+    numbers = torch.zeros(5, 5).masked_fill(~visible, -torch.inf)
+    mask = {"causal": None, "booleans": visible, "numbers": numbers.bfloat16()}[masked]
+    written_out = (q.double() @ k.double().mT / 8**0.5 + numbers).softmax(-1) @ v.double()
+    with autocast(CPU, "bfloat16"):
+        y = fused.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, written_out.bfloat16())
 
 
 STEP = """

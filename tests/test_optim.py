@@ -9,8 +9,8 @@ import torch
 import torch._dynamo
 
 from model import GPT, GPTConfig
-from tests.fake_cuda import emulated
 from training.config import TrainConfig
+from training.device import Process
 from training.optim import Muon, assign_owners, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
 
 ROOT = Path(__file__).parent.parent
@@ -148,25 +148,21 @@ def test_muon_continues_from_its_saved_state():
     assert_close(param.detach(), expected)
 
 
-@pytest.mark.parametrize("capability, has_bfloat16", [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
-def test_muon_takes_bfloat16_only_on_a_gpu_that_does_not_emulate_it(capability, has_bfloat16):
-    def updated(device):
-        model = tiny().to(device)
-        muon, _ = make_optimizers(model, CONFIG)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_muon_takes_bfloat16_where_training_does(dtype):
+    def updated(process):
+        model = tiny()
+        muon, _ = make_optimizers(model, CONFIG, process)
         weights = muon.param_groups[0]["params"]
         for i, weight in enumerate(weights):
-            weight.grad = random(*weight.shape, seed=i).float().to(device)
-        before = [weight.detach().cpu().clone() for weight in weights]
+            weight.grad = random(*weight.shape, seed=i).float()
+        before = [weight.detach().clone() for weight in weights]
         muon.step()
-        return [weight.detach().cpu() - old for weight, old in zip(weights, before, strict=True)]
+        return [weight.detach() - old for weight, old in zip(weights, before, strict=True)]
 
-    on_cpu = updated("cpu")
-    with emulated("cuda"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        on_gpu = updated("cuda")
-    for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
-        assert gpu.dtype == torch.float32 and torch.equal(gpu, cpu) != has_bfloat16
-        assert (gpu - cpu).abs().max() < 0.05 * cpu.abs().max()
+    for found, plain in zip(updated(Process(0, 1, torch.device("cpu"), dtype)), updated(None), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, plain) == (dtype != "bfloat16")
+        assert (found - plain).abs().max() < 0.05 * plain.abs().max()
 
 
 def test_newton_schulz_compiles_one_graph_per_shape_however_many_steps_and_learning_rates(monkeypatch):

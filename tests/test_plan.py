@@ -242,7 +242,8 @@ def test_a_configs_docstring_says_what_its_plan_says(call, capsys, name):  # noq
 
 def test_a_plan_tells_the_passes_over_the_corpus_that_is_there(call, capsys, corpus_folder):  # noqa: F811
     shape = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=48", "--batch_size=8", "--max_iters=10"]
-    text = plan_of(call, capsys, train, *shape, f"--dataset={corpus_folder}", "--out_dir=a", "--device=cpu")
+    text = plan_of(call, capsys, train, *shape, f"--dataset={corpus_folder}", "--out_dir=a", "--device=cpu",
+                   "--dtype=float32")  # fmt: skip
     tokens = json.loads((corpus_folder / "meta.json").read_text())["splits"]["train"]["tokens"]
     assert f"{10 * 8 * 48 / tokens:,.1f} passes over the {tokens:,} of " in text
     assert "step             384 tokens: batch_size 8 in 1 micro-steps" in text

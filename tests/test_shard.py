@@ -151,7 +151,7 @@ def test_two_machines_are_one(trained, corpus_folder):
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
              "--master_addr=127.0.0.1", f"--master_port={port}", *KINDS["muon"], str(folder / "empty.py"),
-             f"--dataset={corpus_folder}", f"--out_dir={run}", "--parallel=fsdp"],
+             f"--dataset={corpus_folder}", f"--out_dir={run}", "--parallel=fsdp", "--dtype=float32"],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )

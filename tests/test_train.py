@@ -23,7 +23,8 @@ from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--mlp_dim=32", "--block_size=16", "--device=cpu"]
-RUN = [*SMALL, "--batch_size=8", "--max_iters=12", "--eval_interval=4", "--log_interval=1", "--learning_rate=0.01"]
+RUN = [*SMALL, "--batch_size=8", "--max_iters=12", "--eval_interval=4", "--log_interval=1", "--learning_rate=0.01",
+       "--dtype=float32"]  # fmt: skip
 
 
 @pytest.fixture

@@ -57,24 +57,29 @@ def pick_device(device: str) -> torch.device:
     return torch.device(picked.type, index)
 
 
-def pick_dtype(dtype: str, device: torch.device) -> str:
-    """The name of the precision to compute in; "auto" is the fastest that trains reliably on the device.
+def pick_dtype(dtype: str, device: torch.device, trains: bool = True) -> str:
+    """The name of the precision to compute in; "auto" is the fastest that is reliable on the device.
 
-    That is bfloat16 on CUDA, float16 on CUDA GPUs too old for bfloat16, and float32 on everything else: most CPUs
-    emulate bfloat16, up to 100 times slower than float32. Raises ValueError for an unknown name.
+    That is bfloat16 where the hardware computes in it, float16 on CUDA GPUs too old for it, and float32 on everything
+    else: most CPUs emulate bfloat16, up to 100 times slower than float32. If it is not to train, but to decode with
+    weights stored in it, a CPU keeps float32. Raises ValueError for an unknown name.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
         return dtype
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if has_bfloat16(device) else "float16"
+    if has_bfloat16(device) and (trains or device.type != "cpu"):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" else "float32"
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a CUDA GPU computes in bfloat16 itself; those older than Ampere emulate it, slowly."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether a device multiplies in bfloat16 itself: a CUDA GPU from Ampere on, an x86 CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # PyTorch has no public name for what a CPU can do
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and able and torch.backends.mkldnn.is_available()
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -184,10 +189,10 @@ def stop_process(process: Process) -> None:
 
 
 def cpu_flops(dtype: str, size: int = 512) -> float:
-    """FLOP/s of a (size, size) matrix product on this CPU: the fastest of five, of fewer if they take over 0.1 s."""
+    """FLOP/s of a (size, size) matrix product on this CPU: the fastest of those that fit into 0.03 s, or of one."""
     a = torch.ones(size, size, dtype=DTYPES[dtype])
     seconds: list[float] = []
-    while len(seconds) < 5 and sum(seconds) < 0.1:
+    while sum(seconds) < 0.03:
         start = time.perf_counter()
         product(a, a)
         seconds.append(time.perf_counter() - start)

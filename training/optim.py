@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import GATED, GPT
-from training.device import Process, has_bfloat16
+from training.device import Process
 from training.shard import Exchange, in_rounds, is_sharded, local, stacked_counts
 
 
@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
     params: 2-d weights. rows: for each of them, the numbers of rows of the matrices stacked in it. The update of an
     (r, c) matrix is scaled by 0.2·√max(r, c), which gives it the root mean square of AdamW's [Liu et al. 2025, section
     2.2]. process: one of those that train together, None for a single one. All of them hold the same weights, gradients
-    and momentum, or if the weights are sharded, each its own rows. compiled: whether to compile Newton-Schulz, once for
-    each shape.
+    and momentum, or if the weights are sharded, each its own rows. If it trains in bfloat16, so does Newton-Schulz run,
+    which forgives the rounding. compiled: whether to compile Newton-Schulz, once for each shape.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Muon(torch.optim.Optimizer):
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.rank, world_size = (process.rank, process.world_size) if process else (0, 1)
+        self.dtype = torch.bfloat16 if process and process.dtype == "bfloat16" else None  # None: the weights' own
         self.shapes = [(n, p.size(1)) for p, counts in zip(params, rows, strict=True) for n in counts]
         sides = [(min(shape), max(shape)) for shape in self.shapes]
         owners = assign_owners([r * r * (2 * c + r) for r, c in sides], world_size)  # products of Newton-Schulz
@@ -116,8 +117,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
 
         W, M, G = (pieces(stacks, self.rows) for stacks in (weights, momenta, gradients))
-        # bfloat16 is the fastest where the hardware has it, and the iteration forgives its rounding
-        dtype = torch.bfloat16 if W[0].is_cuda and has_bfloat16(W[0].device) else W[0].dtype
+        dtype = self.dtype or W[0].dtype
         like = W[0].new_empty(0, dtype=dtype)
         for owned in self.rounds:
             mine = [i for numbers in owned for i in numbers] if self.rows_travel else owned[self.rank]
@@ -181,8 +181,8 @@ def make_optimizers(model: GPT, config, process: Process | None = None) -> list[
 
     Muon takes the 2-d weights inside the blocks, AdamW all others. Weight decay applies to 2-d weights only: it is to
     limit the size of matrices, and biases and norm weights, which are few, do not need that.
-    process: one of those that train together, None for a single one. If config.compile is True, Newton-Schulz is
-    compiled.
+    process: one of those that train together, None for a single one in the weights' precision. If config.compile is
+    True, Newton-Schulz is compiled.
     """
     rows = stacked_rows(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -298,12 +299,12 @@ def kernels_of(job: Job) -> Iterator[None]:
     if not job.gpu:
         yield
         return
-    usual = fused.LOGITS_AT_ONCE["cpu"], F.rms_norm
-    fused.LOGITS_AT_ONCE["cpu"], F.rms_norm = fused.LOGITS_AT_ONCE["cuda"], fused_norm
-    try:
+    with (
+        patch.dict(fused.LOGITS_AT_ONCE, cpu=fused.LOGITS_AT_ONCE["cuda"]),
+        patch.object(F, "rms_norm", fused_norm),
+        patch.object(fused, "scaled_dot_product_attention", F.scaled_dot_product_attention),
+    ):
         yield
-    finally:
-        fused.LOGITS_AT_ONCE["cpu"], F.rms_norm = usual
 
 
 def watch_head(model: GPT, live: Live) -> dict[str, int]:
