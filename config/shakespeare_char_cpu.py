@@ -1,6 +1,6 @@
 """Tiny Shakespeare with a token per character, on a CPU: nanoGPT's CPU shape (4 layers, 128 wide, context 64).
 
-About two minutes on 2 cores. For a shorter run, --max_iters=175 is enough to beat nanoGPT's final loss.
+About two minutes on 2 cores. For a shorter run, --max_iters=130 is enough to beat nanoGPT's final loss.
 """
 
 out_dir = "out/shakespeare_char_cpu"
@@ -19,9 +19,10 @@ dropout = 0.0  # two passes over the text leave little to overfit
 # The text is small and the steps are few: a high learning rate, and low decay rates of the gradients' running means
 batch_size = 16
 max_iters = 2000
-learning_rate = 1e-2
+learning_rate = 1.5e-2
 lr_schedule = "wsd"  # warm up, stay constant, then decay linearly to 0
-decay_fraction = 0.6
-muon_momentum = 0.9
+warmup_iters = 1
+decay_fraction = 0.8
+muon_momentum = 0.8
 beta1 = 0.8
 eval_interval = 250
