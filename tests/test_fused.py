@@ -149,6 +149,24 @@ def test_flex_attention_and_its_gradients_equal_the_written_out_softmax(monkeypa
         assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    "head_dim, dtype, small",
+    [(8, torch.bfloat16, False), (128, torch.bfloat16, False), (256, torch.bfloat16, True), (128, torch.float32, True)],
+)
+def test_flex_attention_gets_heads_that_its_kernel_takes(monkeypatch, head_dim, dtype, small):
+    """What a GPU's kernels take was found by compiling them for several GPUs: see RESULTS.md."""
+    given = []
+
+    def kernel(q, k, v, *_, scale, kernel_options):
+        given.append((q.size(-1), scale, kernel_options))
+        return v
+
+    monkeypatch.setattr(fused, "flex_attention", kernel)
+    q = torch.zeros(1, 2, 5, head_dim, dtype=dtype)
+    assert fused.Flex(5, True, None, None, CPU)(q, q, q).shape == q.shape
+    assert given == [(max(16, head_dim), head_dim**-0.5, fused.SMALL_BLOCKS if small else None)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory and precision of a training step
 
