@@ -22,7 +22,8 @@ LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # numbers; more on a GPU, which 
 # FlexAttention takes heads of at least 16 channels. Heads of more than 256 bytes (128 channels in bfloat16) get smaller
 # blocks than its usual ones, which would not fit into the shared memory of most GPUs: an RTX 3090 or 4090 has 99 KB.
 NARROWEST, WIDE = 16, 256
-SMALL_BLOCKS: Any = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "num_stages": 1} | {
+# With few queries they would go to another kernel, which is for decoding and knows other blocks.
+SMALL_BLOCKS: Any = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "num_stages": 1, "FORCE_USE_FLEX_ATTENTION": True} | {
     f"bwd_BLOCK_{side}": 16 for side in ("M1", "N1", "M2", "N2")
 }
 
@@ -165,17 +166,23 @@ class LinearCrossEntropy(torch.autograd.Function):
 # Attention without a (T, T) mask
 
 
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
-    """F.scaled_dot_product_attention, with its options; under autocast on a CPU it computes in float32.
+def attention_dtype(q: Tensor) -> torch.dtype:
+    """The precision of `scaled_dot_product_attention`: float32 under autocast on a CPU, else that of q.
 
-    There the backward pass takes four times as long in bfloat16, even on processors whose products are faster in it.
+    There the backward pass takes up to four times as long in bfloat16, even on CPUs that multiply faster in it.
     """
-    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    return torch.float32 if q.device.type == "cpu" and torch.is_autocast_enabled("cpu") else q.dtype
+
+
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
+    """F.scaled_dot_product_attention, with its options, in the precision of `attention_dtype`; gives q's."""
+    dtype = attention_dtype(q)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.float()
+        attn_mask = attn_mask.to(dtype)
+    if dtype == q.dtype:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask, **options).type_as(q)
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask, **options).type_as(q)
 
 
 class ByDocument:

@@ -189,7 +189,7 @@ def prepare_mask(mask: Mask, q: Tensor, T: int, dropout: float = 0.0, kind: str 
             bias = bias.masked_fill(~in_sight(i[:, None], i, window), -torch.inf)
     if bias is None or mask.empty_rows is not None:
         return mask
-    bias = (torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias).to(q.dtype)
+    bias = (torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias).to(fused.attention_dtype(q))
     if not mask.may_have_empty_rows:
         return Mask(bias)
     empty_rows = (bias == -torch.inf).all(-1, keepdim=True)
@@ -216,7 +216,6 @@ def attention(
     if mask.kernel is not None:
         y = mask.kernel(q, k, v, dropout)
     elif kind == "flash":
-        M = M if M is None else M.to(q.dtype)
         y = fused.scaled_dot_product_attention(q, k, v, attn_mask=M, is_causal=mask.causal, dropout_p=dropout)
     else:
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)

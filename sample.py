@@ -107,7 +107,7 @@ class SampleConfig:
     classify: str = ""  # a text: print its class, by a classifier; or FILE:path
     quantize: Literal["none", "int8"] = "none"  # int8: weights as bytes, on a CPU: faster, slightly less exact
     device: str = "auto"  # auto (CUDA if there is a GPU, else CPU) | cpu | cuda | cuda:1 | mps (an Apple GPU)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest that the device supports well
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, else the fastest
 
     def __post_init__(self):
         few = at_least(1).at_most(MOST)

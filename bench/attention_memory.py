@@ -35,7 +35,7 @@ def one_layer(T: int, batch: str, kernel: str, device: str) -> Callable[[], dict
     from training.device import autocast, pick_device, pick_dtype
 
     picked = pick_device(device)
-    dtype = pick_dtype("auto", picked) if picked.type == "cuda" else "float32"  # as attention on a CPU always is
+    dtype = pick_dtype("auto", picked) if picked.type == "cuda" else "float32"
     torch.manual_seed(0)
     config = GPTConfig(
         block_size=T, vocab_size=V, n_layer=1, n_head=H, n_embd=H * D, mlp_dim=64, attention=kernel,

@@ -151,7 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="the baby GPT on a CUDA GPU")
     parser.add_argument("--short", action="store_true", help="only the run that is to pass nanoGPT's loss")
     parser.add_argument("--plot", type=Path, help="draw the runs' losses to this file (needs matplotlib)")
-    parser.add_argument("--steps", type=int, help="steps of the short run; default 130, with --gpu 400")
+    parser.add_argument("--steps", type=int, help="steps of the short run; default 120, with --gpu 400")
     parser.add_argument("--ours", action="append", default=[], help="an option of our run, such as --ours=--n_layer=2")
     parser.add_argument("--tiny", action="store_true", help="tiny models for two steps: a check that all of it runs")
     arguments = parser.parse_args()
@@ -159,7 +159,7 @@ def parse() -> argparse.Namespace:
         parser.error("--plot draws nanoGPT's run and ours of equal time: give --nanogpt, and no --short")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs the package matplotlib: pip install matplotlib")
-    arguments.steps = arguments.steps or (2 if arguments.tiny else 400 if arguments.gpu else 130)
+    arguments.steps = arguments.steps or (2 if arguments.tiny else 400 if arguments.gpu else 120)
     return arguments
 
 

@@ -1,6 +1,6 @@
 """Tiny Shakespeare with a token per character, on a CPU: nanoGPT's CPU shape (4 layers, 128 wide, context 64).
 
-About two minutes on 2 cores. For a shorter run, --max_iters=130 is enough to beat nanoGPT's final loss.
+About two minutes on 2 cores. For a shorter run, --max_iters=120 is enough to beat nanoGPT's final loss.
 """
 
 out_dir = "out/shakespeare_char_cpu"

@@ -9,7 +9,7 @@ import torch
 
 from model import GPTConfig
 from training.config import TrainConfig
-from training.device import autocast
+from training.device import Process, autocast
 from training.lora import LoraConfig
 from training.optim import make_optimizers
 from training.plan import Job
@@ -28,7 +28,7 @@ def job(
 def train_steps(job: Job, batch_sizes: list[int], device: str) -> None:
     """Steps with these numbers of rows, as train.py does them; the first makes the optimizer's state."""
     model = job.build(job.model.n_layer).to(device)
-    optimizers = make_optimizers(model, job.config)
+    optimizers = make_optimizers(model, job.config, Process(0, 1, torch.device(device), job.dtype))
     for B in batch_sizes:
         idx = torch.randint(job.model.vocab_size, (B, job.model.block_size), device=device)
         for _ in range(job.config.gradient_accumulation_steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention_memory, decode, gpu, gpu_train
+from bench import attention_memory, decode, gpu, gpu_train, kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,6 +169,13 @@ def test_the_measurement_of_attentions_memory_runs_and_both_kernels_agree_there(
     header, _, *rows = table(attention_memory, "--lengths=32,64", f"--batches={batch}", "--one_process")
     assert [row[:2] for row in rows] == [[batch, "32"], [batch, "64"]]
     assert all(float(row[-1]) < 1e-5 for row in rows), rows
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="compiles kernels for minutes")
+def test_compiling_kernels_for_gpus_needs_a_pytorch_for_cuda(table, capsys):
+    with pytest.raises(SystemExit):
+        table(kernels)
+    assert "this PyTorch is built without CUDA" in capsys.readouterr().err
 
 
 def test_decoding_is_measured_beside_transformers_and_nanogpt(table, clone):

@@ -36,10 +36,10 @@ def test_a_gpu_computes_in_bfloat16_if_it_does_not_emulate_it(monkeypatch, capab
         assert pick_dtype("auto", pick_device("cuda")) == pick_dtype("auto", pick_device("cuda"), trains=False) == dtype
 
 
-@pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", "neither"])
+@pytest.mark.parametrize("has", ["avx512_bf16", "amx_bf16", "neither"])
 def test_a_cpu_trains_in_bfloat16_if_it_does_not_emulate_it_and_decodes_in_float32(monkeypatch, has):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
+    assert "architecture" in torch.cpu.get_capabilities()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, has: True})
     assert pick_dtype("auto", CPU) == ("float32" if has == "neither" else "bfloat16")
     assert pick_dtype("auto", CPU, trains=False) == "float32"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -80,6 +80,7 @@ def joined(monkeypatch):
         calls.append((backend, options, torch.cuda.current_device() if torch.cuda.is_available() else None))
 
     monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.mul_(2))  # the other process says the same
     return calls
 
 
@@ -95,6 +96,14 @@ def test_each_process_sets_its_own_gpu_before_it_joins_and_joins_with_it(joined,
 def test_on_cpus_processes_join_without_a_device(joined):
     assert start_process("cpu", "auto", 2) == Process(3, 2, CPU, pick_dtype("auto", CPU))
     assert joined == [("gloo", {}, None)]  # gloo refuses a device_id
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_processes_whose_cpus_differ_compute_in_float32(joined, monkeypatch, mine):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": mine})
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.fill_(1))  # one of the two has bfloat16
+    assert start_process("cpu", "auto", 2).dtype == "float32"
+    assert start_process("cpu", "bfloat16", 2).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,12 @@ def test_two_processes_are_one(command, base, conversations, tmp_path):
     assert torch.allclose(losses(one), losses(tmp_path / "two"), atol=2e-3)
 
 
+def test_in_bfloat16_on_a_cpu_fine_tuning_is_close_to_float32(command):
+    runs = [command(dtype, f"--dtype={dtype}", "--activation_checkpointing=True") for dtype in ("float32", "bfloat16")]
+    full, half = map(losses, runs)
+    assert 0 < (full - half).abs().max() < 0.02
+
+
 def test_the_loss_is_one_mean_over_all_responses_and_not_a_mean_of_means(conversations, command):
     first = command("first", *LEARN)
     options = ["--batch_size=2", "--gradient_accumulation_steps=4", "--packing=False", "--max_iters=1"]

@@ -10,7 +10,7 @@ import gc
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -61,8 +61,8 @@ def pick_dtype(dtype: str, device: torch.device, trains: bool = True) -> str:
     """The name of the precision to compute in; "auto" is the fastest that is reliable on the device.
 
     That is bfloat16 where the hardware computes in it, float16 on CUDA GPUs too old for it, and float32 on everything
-    else: most CPUs emulate bfloat16, up to 100 times slower than float32. If it is not to train, but to decode with
-    weights stored in it, a CPU keeps float32. Raises ValueError for an unknown name.
+    else: most CPUs emulate bfloat16, up to 100 times slower than float32. trains: False for decoding, where the weights
+    themselves are stored in it: there a CPU keeps float32. Raises ValueError for an unknown name.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -77,9 +77,9 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 itself: a CUDA GPU from Ampere on, an x86 CPU with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # PyTorch has no public name for what a CPU can do
-    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and able and torch.backends.mkldnn.is_available()
+    able = torch.cpu.get_capabilities()
+    multiplies = able.get("avx512_bf16") or able.get("amx_bf16")
+    return device.type == "cpu" and bool(multiplies) and torch.backends.mkldnn.is_available()
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -130,6 +130,7 @@ class Process:
 def start_process(device: str, dtype: str, micro_steps: int, parallel: str = "ddp") -> Process:
     """Join the processes that torchrun started, or be the only one.
 
+    Processes whose devices would not pick the same precision for dtype="auto" compute in float32.
     micro_steps: micro-steps per step, over all processes. Raises ValueError if they cannot be shared out equally, if
     the device is not there, or for float16 with parallel="fsdp".
     """
@@ -143,8 +144,8 @@ def start_process(device: str, dtype: str, micro_steps: int, parallel: str = "dd
     picked = pick_device(device)
     if world_size > 1:
         picked = pick_local_device(device, picked)
-    dtype = pick_dtype(dtype, picked)
-    if dtype == "float16" and parallel == "fsdp":
+    chosen = pick_dtype(dtype, picked)
+    if chosen == "float16" and parallel == "fsdp":
         raise ValueError("parallel=fsdp knows no scaling of float16's gradients: use bfloat16, float32 or parallel=ddp")
     if picked.type == "cuda":
         torch.cuda.set_device(picked)  # before NCCL starts, which would otherwise put a context on GPU 0 as well
@@ -153,7 +154,9 @@ def start_process(device: str, dtype: str, micro_steps: int, parallel: str = "dd
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=picked)
     elif world_size > 1:
         dist.init_process_group("gloo")  # refuses a device_id
-    return Process(rank, world_size, picked, dtype)
+    process = Process(rank, world_size, picked, chosen)
+    (in_bfloat16,) = process.total(chosen == "bfloat16")
+    return replace(process, dtype="float32") if dtype == "auto" and 0 < in_bfloat16 < world_size else process
 
 
 def pick_local_device(device: str, picked: torch.device) -> torch.device:

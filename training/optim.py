@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
     params: 2-d weights. rows: for each of them, the numbers of rows of the matrices stacked in it. The update of an
     (r, c) matrix is scaled by 0.2·√max(r, c), which gives it the root mean square of AdamW's [Liu et al. 2025, section
     2.2]. process: one of those that train together, None for a single one. All of them hold the same weights, gradients
-    and momentum, or if the weights are sharded, each its own rows. If it trains in bfloat16, so does Newton-Schulz run,
-    which forgives the rounding. compiled: whether to compile Newton-Schulz, once for each shape.
+    and momentum, or if the weights are sharded, each its own rows. Newton-Schulz runs in bfloat16 if the process trains
+    in it: the iteration forgives the rounding. compiled: whether to compile Newton-Schulz, once for each shape.
     """
 
     def __init__(
@@ -181,8 +181,8 @@ def make_optimizers(model: GPT, config, process: Process | None = None) -> list[
 
     Muon takes the 2-d weights inside the blocks, AdamW all others. Weight decay applies to 2-d weights only: it is to
     limit the size of matrices, and biases and norm weights, which are few, do not need that.
-    process: one of those that train together, None for a single one in the weights' precision. If config.compile is
-    True, Newton-Schulz is compiled.
+    process: one of those that train together, None for a single one, whose Newton-Schulz keeps the weights' precision.
+    If config.compile is True, Newton-Schulz is compiled.
     """
     rows = stacked_rows(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

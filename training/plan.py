@@ -231,7 +231,8 @@ def count_held(job: Job) -> Held:
     def measure(n_layer: int) -> Held:
         with FakeTensorMode(), Live() as live:
             model = job.build(n_layer)
-            optimizers = make_optimizers(model, replace(job.config, compile=False))
+            process = Process(0, 1, torch.device("cpu"), job.dtype)
+            optimizers = make_optimizers(model, replace(job.config, compile=False), process)
             weights = live.now
             trained = [p for p in model.parameters() if p.requires_grad]
             for p in trained:
