@@ -189,7 +189,8 @@ def prepare_mask(mask: Mask, q: Tensor, T: int, dropout: float = 0.0, kind: str 
             bias = bias.masked_fill(~in_sight(i[:, None], i, window), -torch.inf)
     if bias is None or mask.empty_rows is not None:
         return mask
-    bias = (torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias).to(fused.attention_dtype(q))
+    bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
+    bias = bias.to(fused.attention_dtype(q) if kind == "flash" else q.dtype)
     if not mask.may_have_empty_rows:
         return Mask(bias)
     empty_rows = (bias == -torch.inf).all(-1, keepdim=True)
