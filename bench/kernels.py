@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,13 +86,9 @@ def trace(network: str, head_dim: int, dtype: str) -> list[tuple[str, torch.fx.G
         fw_compiler=partial(keep, "forward"), bw_compiler=partial(keep, "backward"),
         decompositions=select_decomp_table(), partition_fn=min_cut_rematerialization_partition,
     )  # fmt: skip
-    try:
-        with autocast(torch.device("cpu"), dtype):
-            torch.compile(gpt, backend=backend, dynamic=False)(
-                at % 100, at % 100, target_count=torch.ones(()), **packing
-            )
-    except InterruptedError:
-        pass
+    compiled = torch.compile(gpt, backend=backend, dynamic=False)
+    with suppress(InterruptedError), autocast(torch.device("cpu"), dtype):  # `stop`: both graphs are there by then
+        compiled(at % 100, at % 100, target_count=torch.ones(()), **packing)
     return found
 
 
