@@ -4,8 +4,9 @@
     python bench/decode.py --model=out/smollm2
 
 GPT-2's shape, prompts of 16 tokens, greedy and with 4 beams, one prompt and batches; float32 on a CPU, bfloat16 on a
-GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured in each of
-these turns: no one-row decoder that reads them once per token can be faster.
+GPU. The engines take turns; medians. The limit is the speed at which memory gives up the weights, measured ten times in
+each turn: no decoder that reads them once per step can be faster for long. On a shared machine it changes by a third
+within seconds, so that medians are held against its median; in brackets, against the median of each turn's fastest.
 """
 
 import argparse
@@ -51,12 +52,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def bandwidth(block: torch.Tensor) -> float:
-    """Bytes per second at which memory is read: the block is summed, the fastest of ten rounds.
+def bandwidth(block: torch.Tensor) -> list[float]:
+    """Bytes per second at which memory is read: the block is summed, ten rounds.
 
     A round on a GPU is 20 sums, as the host takes some microseconds to start the first one and to notice the last.
     """
-    device, best = block.device.type, 0.0
+    device, speeds = block.device.type, []
     sums = 1 if device == "cpu" else 20
     for _ in range(10):
         synchronize(device)
@@ -64,8 +65,8 @@ def bandwidth(block: torch.Tensor) -> float:
         for _ in range(sums):
             block.sum()
         synchronize(device)
-        best = max(best, sums * block.nbytes / (time.perf_counter() - begin))
-    return best
+        speeds.append(sums * block.nbytes / (time.perf_counter() - begin))
+    return speeds
 
 
 def transformers_engine(model: torch.nn.Module, prompts: torch.Tensor, new: int, **options) -> Callable:
@@ -109,14 +110,14 @@ def main() -> None:
     theirs, ours = theirs.to(args.device, dtype), ours.to(args.device, dtype)
     read = sum(p.nbytes for p in ours.parameters()) - ours.pos_emb.weight.nbytes
     bytes8 = speed_up(copy.deepcopy(ours), quantize="int8") if cpu else None
-    one, many = speed_up(copy.deepcopy(ours)), speed_up(ours, rows=16)
+    few, many = speed_up(copy.deepcopy(ours), rows=BEAMS), speed_up(ours, rows=16)
     numbers = torch.randint(50257, (64, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
     block = torch.ones(1 << 20 if args.shape == "tiny" else 1 << 28, device=args.device)
     print(f"{args.shape} on {args.device}, {str(dtype).removeprefix('torch.')}: {read / 1e6:,.0f} MB of weights\n")
     print("| | transformers tok/s | ours tok/s | ratio | memory GB/s | of the limit | same tokens |")
     print("|---|---|---|---|---|---|---|")
     for batch, beams in [(1, 1), (1, BEAMS), (16, 1), *([] if cpu else [(64, 1), (16, BEAMS)])]:
-        prompts, model = numbers[:batch], one if batch * beams == 1 else many
+        prompts, model = numbers[:batch], few if batch * beams <= BEAMS else many
         rows = prompts.tolist()
         engines = {"transformers": transformers_engine(theirs, prompts, args.new, num_beams=beams)}
         if beams == 1:
@@ -130,20 +131,35 @@ def main() -> None:
                 engines["int8"] = lambda rows=rows: generate(bytes8, rows, args.new, temperature=0)
             if args.nanogpt:
                 engines["nanoGPT"] = nanogpt_engine(args.nanogpt, theirs.state_dict(), shape, prompts, args.new)
-        speeds, texts, speed = measure(engines, batch * args.new, args.repeat, block)
-        limit = speed / read
-        same = sum(a == b for x, y in zip(texts["transformers"], texts["ours"], strict=True)
-                   for a, b in zip(x, y, strict=True)) / (batch * args.new)  # fmt: skip
         label = f"{'greedy' if beams == 1 else f'{beams} beams'}, batch {batch}"
-        base, mine = speeds.pop("transformers"), speeds.pop("ours")
-        print(f"| {label} | {base:.1f} | {mine:.1f} | {mine / base:.2f}x | {speed / 1e9:,.0f} "
-              f"| {mine / batch / limit:.0%} | {same:.0%} |", flush=True)  # fmt: skip
-        for name, other in speeds.items():
-            print(f"| {label}: {name} | | {other:.1f} | {other / base:.2f}x | | {other / limit:.0%} | |", flush=True)
+        print_rows(label, batch, args.new, read, *measure(engines, batch * args.new, args.repeat, block))
 
 
-def measure(engines: dict[str, Callable], count: int, repeat: int, block: torch.Tensor) -> tuple[dict, dict, float]:
-    """Median tokens per second of each engine, after one run to warm up, what each generated, and the bandwidth."""
+def print_rows(
+    label: str, batch: int, new: int, read: int, speeds: dict[str, float], texts: dict[str, list],
+    memory: list[list[float]],
+) -> None:  # fmt: skip
+    """Print the table's rows for what `measure` returned. read: bytes of weights that a step reads."""
+    usual, fastest = statistics.median(sum(memory, [])), statistics.median(map(max, memory))
+
+    def of_limit(speed: float) -> str:
+        steps = speed / batch
+        return f"{steps * read / usual:.0%} ({steps * read / fastest:.0%})"
+
+    same = sum(a == b for x, y in zip(texts["transformers"], texts["ours"], strict=True)
+               for a, b in zip(x, y, strict=True)) / (batch * new)  # fmt: skip
+    base, mine = speeds.pop("transformers"), speeds.pop("ours")
+    print(f"| {label} | {base:.1f} | {mine:.1f} | {mine / base:.2f}x | {usual / 1e9:,.0f} ({fastest / 1e9:,.0f}) "
+          f"| {of_limit(mine)} | {same:.0%} |", flush=True)  # fmt: skip
+    for name, other in speeds.items():
+        print(f"| {label}: {name} | | {other:.1f} | {other / base:.2f}x | | {of_limit(other)} | |", flush=True)
+
+
+def measure(engines: dict[str, Callable], count: int, repeat: int, block: torch.Tensor) -> tuple[dict, dict, list]:
+    """Median tokens per second of each engine, after one run to warm up; what each generated; and memory's speeds.
+
+    These are `bandwidth` of every round.
+    """
     seconds, texts = {name: [] for name in engines}, {name: run() for name, run in engines.items()}
     device, memory = block.device.type, []
     for _ in range(repeat):
@@ -154,8 +170,7 @@ def measure(engines: dict[str, Callable], count: int, repeat: int, block: torch.
             run()
             synchronize(device)
             seconds[name].append(time.perf_counter() - begin)
-    speeds = {name: count / statistics.median(times) for name, times in seconds.items()}
-    return speeds, texts, statistics.median(memory)
+    return {name: count / statistics.median(times) for name, times in seconds.items()}, texts, memory
 
 
 if __name__ == "__main__":

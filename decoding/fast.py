@@ -1,9 +1,8 @@
-"""Faster decoding of the same model: weights laid out for few rows, int8 weights, and steps as CUDA graphs.
+"""Faster decoding of the same model: few rows in C++, weights laid out anew, int8 weights, and steps as CUDA graphs.
 
 `speed_up` changes a model for decoding only: afterwards it can neither be trained nor saved.
 tests/test_fast.py proves that each of these equals the plain model in float32, except int8, which rounds the weights:
-`sample.py --score=FILE --quantize=int8` measures how much that costs. With int8, beams and batches of up to 16 rows
-round activations to bfloat16 besides.
+`sample.py --score=FILE --quantize=int8` measures how much that costs.
 """
 
 from collections.abc import Callable
@@ -18,46 +17,49 @@ from decoding import native
 from decoding.cache import KVCache
 from decoding.kernels import read_tokens
 from fused import linear
-from model import GPT, Head, Norm
+from model import GPT, Block, GPTConfig, Head, Mask
 
 WORTH_RECORDING = 8  # fewest steps in which a CUDA graph saves more time than its recording takes
 ROWS = 16  # number of rows that packed weights are laid out for; the layout serves any other number too
-FEW = 1 << 14  # numbers, up to which a norm is computed by one thread
 
 
-class OneRowLinear(nn.Module):
-    """A linear layer for one row, with weights in float32 or bfloat16; x and the result are in float32.
+class FewRowsLinear(nn.Module):
+    """A linear layer with weights in float32 or bfloat16 that decoding/native.cpp computes for few rows, in float32.
 
-    On a CPU, decoding one row takes as long as reading the weights. decoding/native.cpp reads them at the full speed
-    of memory; PyTorch's kernels, which many rows still use, reach half of it.
+    On a CPU, decoding takes as long as reading the weights. PyTorch's kernels, which many rows still use, reach half of
+    the memory's speed for few.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach().float()
+        self.native = native.NativeLinear(self.weight, None, self.bias, self.weight.size(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if native.is_one_row(x, self.weight.size(1)):
-            return native.linear(x, self.weight, None, self.bias)
+        if native.is_few(x):
+            return self.native(x)
         y = linear(x.to(self.weight.dtype), self.weight).float()
         return y if self.bias is None else y + self.bias
 
-    __call__ = forward  # without the hooks of nn.Module, which take a microsecond
 
+class FewRowsBlocks(nn.Module):
+    """All blocks of a GPT, and the norm after them, which decoding/native.cpp computes for few tokens, in float32.
 
-class FewRowsNorm(Norm):
-    """An RMSNorm in float32 that takes one kernel for few rows, where PyTorch takes seven."""
+    blocks: with linear layers that have `native`. last: the norm, or an Identity. Calls with many tokens or without a
+    cache go through these as they are.
+    """
 
-    def __init__(self, norm: Norm):
-        nn.Module.__init__(self)
-        self.kind, self.eps, self.weight, self.bias = norm.kind, norm.eps, norm.weight, norm.bias
+    def __init__(self, blocks: nn.ModuleList, last: nn.Module, config: GPTConfig):
+        super().__init__()
+        self.blocks, self.last, self.native = blocks, last, native.NativeBlocks(list(blocks), last, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= FEW and x.dtype == self.weight.dtype == torch.float32 and x.is_cpu:
-            return native.rms_norm(x, self.weight, self.eps)
-        return super().forward(x)
-
-    __call__ = forward
+    def forward(self, x: Tensor, rope, mask: Mask, cache: KVCache | None) -> Tensor:
+        plain = mask.causal or mask.kernel is not None or mask.empty_rows is not None
+        if native.is_few(x) and cache is not None and not cache.frozen and cache.k.dtype == x.dtype and not plain:
+            return self.native(x, rope, mask.bias, cache)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        return self.last(x)
 
 
 class PackedLinear(nn.Module):
@@ -85,27 +87,27 @@ class Int8Linear(nn.Module):
         self.q = F.pad(W.div_(self.scale[:, None]).round_().to(torch.int8), (0, self.columns))
         self.bias = None if bias is None else bias.detach().float()
         self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
+        self.native = None
+        if native.library(torch.int8):
+            self.native = native.NativeLinear(self.q, self.scale, self.bias, weight.size(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, self.columns)) if self.columns else x
-        if native.is_one_row(x, self.q.size(1)) and native.library():
-            return native.linear(x, self.q, self.scale, self.bias)
-        rows = x.flatten(0, -2)
+        if self.native and native.is_few(x):
+            return self.native(x)
+        rows = F.pad(x.flatten(0, -2), (0, self.columns))
         if len(rows) <= ROWS:  # PyTorch's kernel takes activations in bfloat16
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
         else:  # many rows are faster with the weights unpacked to float32 once
             y = linear(rows, self.q.float()) * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
-    __call__ = forward
-
 
 def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
-    """Replace the model's linear layers by faster ones if it is on a CPU; returns the model.
+    """Replace the model's blocks and linear layers by faster ones if it is on a CPU; returns the model.
 
     rows: how many texts or beams are decoded at once, for which the layers are chosen; they serve any number.
     quantize: "none" or "int8", which rounds weights of up to 32 bits, layer by layer. Weights in bfloat16 stay so, but
-    for the token embedding, and are only sped up for one row. What is sped up computes in float32; a model in another
+    for the token embedding, and are only sped up for few rows. What is sped up computes in float32; a model in another
     precision is left as it is. Raises ValueError for int8 and a model elsewhere.
     """
     weight = model.tok_emb.weight
@@ -114,22 +116,25 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
         kind = Int8Linear
     elif weight.device.type != "cpu":
         return model
-    elif rows == 1 and weight.dtype in (torch.float32, torch.bfloat16) and native.library():
-        kind = OneRowLinear
+    elif rows <= native.FEW and weight.dtype in (torch.float32, torch.bfloat16) and native.library(weight.dtype):
+        kind = FewRowsLinear
     elif weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         kind = PackedLinear
     else:
         return model
 
     def faster(_: str, layer: nn.Module) -> nn.Module | None:
-        if isinstance(layer, Norm) and layer.kind == "rmsnorm" and kind is not PackedLinear and native.library():
-            return FewRowsNorm(layer)
         if not isinstance(layer, nn.Linear):
             return None
         return kind(layer.rows() if isinstance(layer, Head) else layer.weight, layer.bias)
 
     replace_layers(model, faster)
-    return model.float()
+    model.float()
+    if getattr(model.head, "native", None) and all(type(block) is Block for block in model.blocks):
+        last = nn.Identity() if model.config.post_norm else model.norm
+        model.blocks = nn.ModuleList([FewRowsBlocks(model.blocks, last, model.config)])
+        model.norm = model.norm if model.config.post_norm else nn.Identity()
+    return model
 
 
 def check_int8(device: torch.device, dtype: torch.dtype) -> None:

@@ -1,66 +1,267 @@
-// Two layers for decoding one text on a CPU: y = s ⊙ (W·x) + b for one row x, and RMSNorm for few rows.
+// The blocks of a GPT (model.py: Block) for few tokens on a CPU, and a linear layer for few rows, in float32.
 //
-// Decoding a token takes as long as reading all weights, and PyTorch's kernels, made for many rows, reach half of the
-// memory's speed for one. Here W is read once and in order, at the full speed. RMSNorm takes PyTorch seven kernels.
-// decoding/native.py compiles this file for the processor at hand, when it is first needed.
+// To decode a token is to read all weights once. PyTorch's kernels, made for many rows, reach half of the memory's
+// speed for a few, and the hundreds of small kernels of a step take as long as reading a small model. Here each weight
+// is read once and in order, and all blocks are one call, through which the threads go together: they share the work of
+// each loop under `omp for`, and wait for each other where it ends. So the result does not depend on their number.
+// decoding/native.py compiles this file for the processor at hand and one type of weights, and has the same structs.
+//
+// Shapes: R = B·T rows, one for each token; C n_embd, H heads, K key/value heads, D head_dim, S keys.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 struct bfloat16 {  // the upper half of a float
     uint16_t bits;
     operator float() const {
-        uint32_t word = uint32_t(bits) << 16;
+        const uint32_t word = uint32_t(bits) << 16;
         float value;
         memcpy(&value, &word, sizeof value);
         return value;
     }
 };
 
-// The dot product of n weights and n numbers. 64 sums, of every 64th product, stay in the processor's vector registers
-// and are added up at the end: one sum alone would make each addition wait for the one before it. Meanwhile the weights
-// AHEAD bytes further on, of this row or the next ones, are fetched from memory.
-template <typename Weight>
-static float dot(const Weight* w, const float* x, int64_t n) {
-    const int LANES = 64, AHEAD = 2048, CACHE_LINE = 64;
-    float sums[LANES] = {};
+typedef WEIGHT Weight;  // float, bfloat16 or int8_t
+
+struct Linear {  // y = s ⊙ (W·x) + b
+    const Weight* W;     // (out, n), a row every `stride` numbers
+    const float *s, *b;  // (out,), or null
+    int64_t out, n, stride;
+};
+
+struct Norm {  // RMSNorm or LayerNorm
+    const float *w, *b;  // (n,), or null; without w there is no norm
+};
+
+struct Layer {  // model.py: Block
+    Norm norm_attention, q_norm, k_norm, norm_mlp;
+    Linear qkv, out, up, down;
+    int64_t rotates;
+};
+
+enum MLP : int64_t { SWIGLU, GEGLU, GELU, GELU_EXACT, RELU2 };
+
+struct Config {  // model.py: GPTConfig
+    int64_t n_embd, n_head, n_kv_head, head_dim, mlp_dim, layernorm, post_norm, mlp;
+    float norm_eps;
+};
+
+struct Step {
+    int64_t B, T, S;                 // texts, new tokens of each, and keys: the last T are those of the new tokens
+    const float *cos, *sin;          // (B, T, D), or null without RoPE
+    const float* bias;               // (B, H, T, S), what is added to the scores, or null
+    int64_t bias_b, bias_h, bias_t;  // its strides
+    float *k, *v;                    // the cache: (layers, B, K, S or more, D)
+    int64_t layer, b, head;          // its strides
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Linear layers
+
+// Vectors of the processor. GCC and Clang compute with them number by number.
+#ifdef __AVX512F__
+const int LANES = 16;
+#else
+const int LANES = 8;
+#endif
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+
+// Weights are read as words of 32 bits, each of which packs 1, 2 or 4. `unpack` gives the i-th of each word. So a block
+// of 64 weights becomes VECTORS vectors in an order of their own, in which `arrange` puts the numbers that they meet.
+const int PACKED = 4 / sizeof(Weight), BLOCK = 64, VECTORS = BLOCK / LANES;
+
+static inline floats unpack(const float*, words w, int) { return (floats)w; }
+static inline floats unpack(const bfloat16*, words w, int i) { return (floats)(i ? w & ~0xffff : w << 16); }
+static inline floats unpack(const int8_t*, words w, int i) {
+    return __builtin_convertvector(w << (24 - 8 * i) >> 24, floats);
+}
+
+static void arrange(const float* x, float* y, int64_t n) {
     int64_t k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        const char* here = reinterpret_cast<const char*>(w + k);
-        for (size_t byte = 0; byte < LANES * sizeof(Weight); byte += CACHE_LINE) __builtin_prefetch(here + AHEAD + byte);
-        #pragma omp simd
-        for (int j = 0; j < LANES; j++) sums[j] += float(w[k + j]) * x[k + j];
-    }
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++) sums[j] += sums[j + half];
-    for (; k < n; k++) sums[0] += float(w[k]) * x[k];
-    return sums[0];
+    for (; k + BLOCK <= n; k += BLOCK)
+        for (int i = 0; i < VECTORS; i++)
+            for (int j = 0; j < LANES; j++)
+                y[k + i * LANES + j] = x[k + (i / PACKED * LANES + j) * PACKED + i % PACKED];
+    for (; k < n; k++) y[k] = x[k];
 }
 
-// W: (out, n), each row one output's weights; s, b: (out,) or null; x: (n,); y: (out,). The threads share the outputs,
-// so that the result does not depend on how many they are. A small product is not worth waking them.
-template <typename Weight>
-static void linear(
-    const Weight* W, const float* s, const float* b, const float* x, float* y, int64_t out, int64_t n, int threads
+// The dot products of n weights with each of ROWS arranged rows x (ROWS, n). A row has several sums, which are added up
+// at the end: one alone would make each addition wait for the one before it. Meanwhile the weights AHEAD bytes further
+// on, of this output or the next ones, are fetched from memory.
+template <int ROWS>
+static inline void dots(const Weight* w, const float* x, int64_t n, float* y) {
+    const int SUMS = VECTORS / ROWS, AHEAD = 512 * PACKED, CACHE_LINE = 64;
+    floats sums[ROWS][SUMS] = {};
+    int64_t k = 0;
+    for (; k + BLOCK <= n; k += BLOCK) {
+        const char* here = (const char*)(w + k);
+        for (size_t byte = 0; byte < BLOCK * sizeof(Weight); byte += CACHE_LINE) __builtin_prefetch(here + AHEAD + byte);
+        #pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; i++) {
+            const floats weights = unpack(w, *(const words*)(here + i / PACKED * sizeof(words)), i % PACKED);
+            #pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) sums[r][i % SUMS] += weights * *(const floats*)(x + r * n + k + i * LANES);
+        }
+    }
+    #pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+        #pragma GCC unroll 8
+        for (int i = 1; i < SUMS; i++) sums[r][0] += sums[r][i];
+        y[r] = 0;
+        for (int j = 0; j < LANES; j++) y[r] += sums[r][0][j];
+        for (int64_t j = k; j < n; j++) y[r] += float(w[j]) * x[r * n + j];
+    }
+}
+
+// y (R, out) = l(x) for x (R, n), or y += l(x). A weight is read from memory once for all rows.
+static void linear(const Linear& l, const float* given, float* y, int64_t R, bool add = false) {
+    float *x = new float[R * l.n], *sums = new float[R];  // each thread's own
+    for (int64_t r = 0; r < R; r++) arrange(given + r * l.n, x + r * l.n, l.n);
+    #pragma omp for
+    for (int64_t o = 0; o < l.out; o++) {
+        const Weight* w = l.W + o * l.stride;
+        int64_t r = 0;
+        for (; r + 4 <= R; r += 4) dots<4>(w, x + r * l.n, l.n, sums + r);
+        for (; r + 2 <= R; r += 2) dots<2>(w, x + r * l.n, l.n, sums + r);
+        for (; r < R; r++) dots<1>(w, x + r * l.n, l.n, sums + r);
+        for (r = 0; r < R; r++) {
+            const float value = sums[r] * (l.s ? l.s[o] : 1) + (l.b ? l.b[o] : 0);
+            y[r * l.out + o] = add ? y[r * l.out + o] + value : value;
+        }
+    }
+    delete[] x;
+    delete[] sums;
+}
+
+// y (R, out) = l(x) for x (R, n).
+extern "C" void run_linear(const Linear* l, const float* x, float* y, int64_t R, int threads) {
+    #pragma omp parallel num_threads(threads)
+    linear(*l, x, y, R);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The other parts of a block
+
+// y = (x-mean)/√(var+ε) ⊙ w + b for n numbers; RMSNorm takes 0 for the mean. y may be x.
+static void normalize(const Norm& norm, const Config& c, const float* x, float* y, int64_t n) {
+    float mean = 0, var = 0;
+    #pragma omp simd reduction(+ : mean)
+    for (int64_t k = 0; k < n; k++) mean += x[k];
+    mean = c.layernorm ? mean / n : 0;
+    #pragma omp simd reduction(+ : var)
+    for (int64_t k = 0; k < n; k++) var += (x[k] - mean) * (x[k] - mean);
+    const float r = 1 / std::sqrt(var / n + c.norm_eps);
+    for (int64_t k = 0; k < n; k++) y[k] = (x[k] - mean) * r * norm.w[k] + (norm.b ? norm.b[k] : 0);
+}
+
+static void normalize_rows(const Norm& norm, const Config& c, const float* x, float* y, int64_t R) {
+    #pragma omp for
+    for (int64_t r = 0; r < R; r++) normalize(norm, c, x + r * c.n_embd, y + r * c.n_embd, c.n_embd);
+}
+
+// model.py: rotate, of one head of a token.
+static void rotate(float* x, const float* cos, const float* sin, int64_t D) {
+    for (int64_t i = 0, j = D / 2; j < D; i++, j++) {
+        const float first = x[i] * cos[i] + x[j] * sin[i], second = x[j] * cos[j] + x[i] * sin[j];
+        x[i] = first;
+        x[j] = second;
+    }
+}
+
+// Normalise and rotate the queries and keys of qkv (R, H+2K, D), and put the keys and values into the cache.
+static void place(const Layer& block, const Config& c, const Step& t, float* qkv, int64_t layer) {
+    const int64_t H = c.n_head, K = c.n_kv_head, D = c.head_dim, heads = H + 2 * K;
+    #pragma omp for
+    for (int64_t i = 0; i < t.B * t.T * heads; i++) {
+        const int64_t row = i / heads, h = i % heads;
+        const bool query = h < H, value = h >= H + K;
+        const Norm& norm = query ? block.q_norm : block.k_norm;
+        float* x = qkv + i * D;
+        if (!value && norm.w) normalize(norm, c, x, x, D);
+        if (!value && t.cos && block.rotates) rotate(x, t.cos + row * D, t.sin + row * D, D);
+        if (query) continue;
+        float* cache = (value ? t.v : t.k) + layer * t.layer + row / t.T * t.b + (h - H) % K * t.head;
+        memcpy(cache + (t.S - t.T + row % t.T) * D, x, D * sizeof(float));
+    }
+}
+
+// y (R, H, D) = softmax(q·kᵀ/√D + bias)·v for the queries of qkv. model.py: attention.
+static void attend(const Config& c, const Step& t, const float* qkv, float* y, int64_t layer) {
+    const int64_t H = c.n_head, K = c.n_kv_head, D = c.head_dim;
+    float* p = new float[t.S];  // each thread's own
+    #pragma omp for
+    for (int64_t i = 0; i < t.B * t.T * H; i++) {
+        const int64_t row = i / H, h = i % H, b = row / t.T, cache = layer * t.layer + b * t.b + h / (H / K) * t.head;
+        const float *q = qkv + (row * (H + 2 * K) + h) * D, *k = t.k + cache, *v = t.v + cache;
+        const float* bias = t.bias ? t.bias + b * t.bias_b + h * t.bias_h + row % t.T * t.bias_t : nullptr;
+        float top = -INFINITY, total = 0;
+        for (int64_t j = 0; j < t.S; j++) {
+            float dot = 0;
+            #pragma omp simd reduction(+ : dot)
+            for (int64_t d = 0; d < D; d++) dot += q[d] * k[j * D + d];
+            p[j] = dot / std::sqrt(float(D)) + (bias ? bias[j] : 0);
+            top = p[j] > top ? p[j] : top;
+        }
+        for (int64_t j = 0; j < t.S; j++) total += p[j] = std::exp(p[j] - top);
+        float* sum = y + i * D;
+        memset(sum, 0, D * sizeof(float));
+        for (int64_t j = 0; j < t.S; j++) {
+            const float weight = p[j] / total;
+            #pragma omp simd
+            for (int64_t d = 0; d < D; d++) sum[d] += weight * v[j * D + d];
+        }
+    }
+    delete[] p;
+}
+
+static float silu(float x) { return x / (1 + std::exp(-x)); }
+static float gelu(float x) { return x / (1 + std::exp(-1.5957691f * (x + 0.044715f * x * x * x))); }  // 1.59… = 2√(2/π)
+static float gelu_exact(float x) { return 0.5f * x * (1 + std::erf(0.70710678f * x)); }
+
+// y (R, mlp_dim): the activations of x (R, mlp_dim), or of a gate and up, x (R, 2, mlp_dim). model.py: MLP.
+static void activate(const Config& c, const float* x, float* y, int64_t R) {
+    const int64_t n = c.mlp_dim, gated = c.mlp == SWIGLU || c.mlp == GEGLU;
+    #pragma omp for
+    for (int64_t i = 0; i < R * n; i++) {
+        const float* z = x + i + (gated ? i / n * n : 0);
+        switch (c.mlp) {
+            case SWIGLU: y[i] = silu(*z) * z[n]; break;
+            case GEGLU: y[i] = gelu(*z) * z[n]; break;
+            case GELU: y[i] = gelu(*z); break;
+            case GELU_EXACT: y[i] = gelu_exact(*z); break;
+            case RELU2: y[i] = *z > 0 ? *z * *z : 0;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// x (R, C) through all blocks and the norm after them, in place; its tokens' keys and values go into the cache.
+// model.py: Block, and GPT.forward.
+extern "C" void run_blocks(
+    const Layer* blocks, int64_t layers, const Norm* last, const Config* config, const Step* step, float* x, int threads
 ) {
-    #pragma omp parallel for num_threads(threads) if (out * n > 1 << 15)
-    for (int64_t o = 0; o < out; o++) y[o] = dot(W + o * n, x, n) * (s ? s[o] : 1.0f) + (b ? b[o] : 0.0f);
-}
-
-#define EXPORT(name, Weight)                                                                                       \
-    extern "C" void name(const Weight* W, const float* s, const float* b, const float* x, float* y, int64_t out, \
-                         int64_t n, int threads) {                                                                 \
-        linear(W, s, b, x, y, out, n, threads);                                                                    \
+    const Config& c = *config;
+    const int64_t R = step->B * step->T;
+    float *h = new float[R * c.n_embd], *qkv = new float[R * blocks->qkv.out], *y = new float[R * blocks->out.n];
+    float *up = new float[R * blocks->up.out], *z = new float[R * c.mlp_dim], *normed = c.post_norm ? x : h;
+    #pragma omp parallel num_threads(threads)
+    for (int64_t layer = 0; layer < layers; layer++) {
+        const Layer& block = blocks[layer];
+        if (!c.post_norm) normalize_rows(block.norm_attention, c, x, normed, R);
+        linear(block.qkv, normed, qkv, R);
+        place(block, c, *step, qkv, layer);
+        attend(c, *step, qkv, y, layer);
+        linear(block.out, y, x, R, true);
+        normalize_rows(c.post_norm ? block.norm_attention : block.norm_mlp, c, x, normed, R);
+        linear(block.up, normed, up, R);
+        activate(c, up, z, R);
+        linear(block.down, z, x, R, true);
+        if (c.post_norm) normalize_rows(block.norm_mlp, c, x, x, R);
+        else if (layer == layers - 1) normalize_rows(*last, c, x, x, R);
     }
-EXPORT(linear_float32, float)
-EXPORT(linear_bfloat16, bfloat16)
-EXPORT(linear_int8, int8_t)
-
-// y = x/√(mean(x²) + ε) ⊙ g for each row of x: (rows, n); g: (n,); y like x.
-extern "C" void rms_norm(const float* x, const float* g, float* y, int64_t rows, int64_t n, float epsilon) {
-    for (const float* end = x + rows * n; x < end; x += n, y += n) {
-        const float r = 1 / std::sqrt(dot(x, x, n) / n + epsilon);
-        for (int64_t k = 0; k < n; k++) y[k] = x[k] * r * g[k];
-    }
+    for (float* buffer : {h, qkv, y, up, z}) delete[] buffer;
 }

@@ -222,7 +222,7 @@ def stream(
         tokens = choose(scores.to(drawing), uniforms[:, step % DRAWN], temperature, top_k, top_p, min_p).to(device)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        logprobs = (logits.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).tolist()
+        logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
         check_finite(sum(logprobs))
         tokens = tokens.tolist()
         for row, token in zip(rows, tokens, strict=True):

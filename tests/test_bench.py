@@ -182,7 +182,7 @@ def test_decoding_is_measured_beside_transformers_and_nanogpt(table, clone):
     header, _, *rows = table(decode, "--shape=tiny", "--new=2", "--repeat=1", f"--nanogpt={clone}")
     labels = ["greedy, batch 1", "greedy, batch 1: int8", "greedy, batch 1: nanoGPT", "4 beams, batch 1"]
     assert [row[0] for row in rows] == [*labels, "greedy, batch 16"]
-    assert rows[0][5].endswith("%") and number(rows[0][6]) == 100  # of the limit; the same tokens
+    assert rows[0][5].endswith("%)") and number(rows[0][6]) == 100  # of the limit; the same tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

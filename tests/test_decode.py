@@ -8,6 +8,7 @@ from decoding.beam import beam_search
 from decoding.score import log_likelihood
 from decoding.stream import choose, context_start, generate, penalize, stream
 from model import GPT
+from tests.fake_cuda import emulated
 from tests.helpers import POSITIONS, WINDOWS, assert_close, label, random, tokens
 from tests.twins import gpt2_twins, mistral_twins, qwen3_twins
 
@@ -341,8 +342,8 @@ def test_sampled_frequencies_match_the_softmax(tiny_gpt, temperature):
     assert chi_square < 24.3  # 7 degrees of freedom: exceeded by chance once in a thousand
 
 
-def test_decoding_never_uses_cudnns_attention_and_leaves_the_callers_choice_alone(tiny_gpt, monkeypatch):
-    model, enabled, forward = tiny_gpt(), [], GPT.forward
+def test_decoding_on_a_gpu_never_uses_cudnns_attention_and_leaves_the_callers_choice_alone(tiny_gpt, monkeypatch):
+    enabled, forward = [], GPT.forward
 
     def watched(self, *args, **options):
         enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
@@ -350,8 +351,10 @@ def test_decoding_never_uses_cudnns_attention_and_leaves_the_callers_choice_alon
 
     monkeypatch.setattr(GPT, "forward", watched)
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    for _ in stream(model, [[1, 2], [3]], 20):  # reading, steps, and reading again when the context is full
-        assert torch.backends.cuda.cudnn_sdp_enabled()  # also while the generator waits
-    beam_search(model, [[1, 2], [3]], 5, num_beams=3)
-    log_likelihood(model, list(range(20)))
-    assert len(enabled) > 20 and not any(enabled)
+    with emulated("cuda"):
+        model = tiny_gpt().float().to("cuda")
+        for _ in stream(model, [[1, 2], [3]], 20):  # reading, steps, and reading again when the context is full
+            assert torch.backends.cuda.cudnn_sdp_enabled()  # also while the generator waits
+        beam_search(model, [[1, 2], [3]], 5, num_beams=3)
+        log_likelihood(model, list(range(20)))
+    assert len(enabled) > 10 and not any(enabled)

@@ -10,9 +10,9 @@ from common.compiler import CPP_COMPILERS
 from decoding import native
 from decoding.beam import beam_search
 from decoding.cache import KVCache
-from decoding.fast import FewRowsNorm, Int8Linear, OneRowLinear, PackedLinear, next_step, speed_up
+from decoding.fast import FewRowsBlocks, FewRowsLinear, Int8Linear, PackedLinear, next_step, speed_up
 from decoding.stream import generate
-from model import GPT, GPTConfig, Head, Norm
+from model import GPT, GPTConfig, Head
 from tests.fake_cuda import emulated
 from tests.helpers import WINDOWS, assert_close, label, random, tokens
 
@@ -20,6 +20,10 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, CPP_COMPILERS)), reason="needs a C++ compiler")
 SHAPES = [{}, {"norm_head": True}, {"tie_embeddings": False, "bias": True, "norm": "layernorm"}, {"mlp": "gelu"},
           {"mlp": "geglu", "qkv_bias": True, "nope_every": 2, "sliding_window": 5}]  # fmt: skip
+BLOCKS = [*SHAPES, {"mlp": "gelu_exact", "position": "learned", "norm": "layernorm", "post_norm": True, "bias": True},
+          {"mlp": "relu2", "position": "sinusoidal", "qk_norm": False}, {"n_kv_head": 1, "position": "none"},
+          {"n_kv_head": 2, "position": "alibi", "post_norm": True}, {"position": "alibi", "sliding_window": 3},
+          {"head_dim": 64, "n_embd": 130, "mlp_dim": 200, "norm": "layernorm"}]  # fmt: skip
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def model(tiny_gpt):
     """A small model in float32, with dimensions that are no multiples of anything."""
 
     def build(**options):
-        return tiny_gpt(n_embd=20, head_dim=6, mlp_dim=30, vocab_size=101, **options).float()
+        return tiny_gpt(**{"n_embd": 20, "head_dim": 6, "mlp_dim": 30, "vocab_size": 101} | options).float()
 
     return build
 
@@ -35,7 +39,7 @@ def model(tiny_gpt):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 200])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 96)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [pytest.param(OneRowLinear, marks=needs_compiler), PackedLinear])
+@pytest.mark.parametrize("kind", [pytest.param(FewRowsLinear, marks=needs_compiler), PackedLinear])
 def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(shape[1], shape[0], bias=bias), torch.randn(rows, 1, shape[1])
@@ -46,35 +50,27 @@ def test_a_faster_layer_equals_the_layer(kind, rows, shape, bias):
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 64), (257, 191), (1000, 1000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_the_product_with_one_row_is_that_of_the_rounded_weights(dtype, shape, threads, monkeypatch):
+def test_the_product_with_few_rows_is_that_of_the_rounded_weights(dtype, shape, rows, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    weight = (random(*shape) * 40).to(dtype)
-    x, scale, bias = (random(n, seed=n).float() for n in (shape[1], *shape[:1] * 2))
-    x = torch.stack((x, x), 1)[:, 0]  # not contiguous
+    (out, n), weight = shape, (random(*shape) * 40).to(dtype)
+    scale, bias = random(out, seed=2).float(), random(out, seed=3).float()
+    x = random(rows, 2, n, seed=4).float()[:, 0]  # not contiguous
     for s, b in ((None, None), (scale, None), (None, bias), (scale, bias)):
-        expected = weight.double() @ x.double() * (1 if s is None else s) + (0 if b is None else b)
-        size = weight.double().abs() @ x.double().abs() * (1 if s is None else s.abs()) + 1
-        assert ((native.linear(x, weight, s, b) - expected).abs() <= 1e-6 * size).all()
-
-
-@needs_compiler
-@pytest.mark.parametrize("shape", [(1,), (1, 1, 20), (2, 3, 64), (1, 1, 9, 191)], ids=str)
-def test_the_norm_of_few_rows_equals_the_norm(shape):
-    norm = Norm(GPTConfig(vocab_size=1, norm_eps=1e-3), shape[-1]).requires_grad_(False)
-    norm.weight.copy_(random(shape[-1]))
-    few, wide = FewRowsNorm(norm), random(*shape[:-1], 2 * shape[-1]).float()
-    for x in (wide[..., ::2], 1e-3 * wide[..., 1::2], torch.zeros(shape), wide[..., ::2].bfloat16()):
-        assert few(x).dtype == x.dtype
-        assert_close(few(x), norm(x), 1e-5 if x.dtype == torch.float32 else 0.0)
+        expected = x.double() @ weight.double().T * (1 if s is None else s) + (0 if b is None else b)
+        size = x.double().abs() @ weight.double().abs().T * (1 if s is None else s.abs()) + 1
+        assert ((native.NativeLinear(weight, s, b, n)(x) - expected).abs() <= 1e-6 * size).all()
+    wide = torch.cat((weight, torch.ones_like(weight)), 1)  # numbers beyond a row's are not read
+    assert_close(native.NativeLinear(wide, None, None, n)(x), native.NativeLinear(weight, None, None, n)(x), 0.0)
 
 
 @pytest.fixture(params=[pytest.param(True, marks=needs_compiler), False], ids=["compiled", "without a compiler"])
 def compiler(request, monkeypatch):
     """Whether decoding/native.cpp can be compiled."""
     if not request.param:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "library", lambda dtype: None)
     return request.param
 
 
@@ -90,7 +86,7 @@ def test_a_layer_of_bytes_is_within_half_a_step_of_the_layer(rows, shape, compil
     assert (error <= bound + 0.01 * (layer(x) - layer.bias).abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("rows, kind", [pytest.param(1, OneRowLinear, marks=needs_compiler), (4, PackedLinear)])
+@pytest.mark.parametrize("rows, kind", [pytest.param(4, FewRowsLinear, marks=needs_compiler), (9, PackedLinear)])
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows, kind):
     plain = model(**options)
@@ -101,34 +97,74 @@ def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows,
     for search in (lambda m, prompts: generate(m, prompts, 20, temperature=0),
                    lambda m, prompts: generate(m, prompts, 20, seed=1),
                    lambda m, prompts: [beams[0].tokens for beams in beam_search(m, prompts, 20)]):  # fmt: skip
-        for prompts in [PROMPTS] if rows > 1 else [[prompt] for prompt in PROMPTS]:
+        for prompts in (PROMPTS, *([prompt] for prompt in PROMPTS)):
             assert search(fast, prompts) == search(plain, prompts)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """How often decoding/native.cpp computed all blocks, as a list of the rows of these calls."""
+    calls, run = [], native.NativeBlocks.__call__
+    monkeypatch.setattr(
+        native.NativeBlocks, "__call__", lambda self, x, *rest: calls.append(len(x)) or run(self, x, *rest)
+    )
+    return calls
+
+
 @needs_compiler
-@pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_weights_in_bfloat16_give_the_texts_of_a_float32_model_of_the_same_numbers(model, options):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("options", BLOCKS, ids=label)
+@torch.inference_mode()
+def test_blocks_in_cpp_equal_the_blocks(model, counted, options, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(native, "ALONE", 0)
+    plain, idx = model(**options).double(), tokens(3, 14)
+    fast = speed_up(copy.deepcopy(plain).float())
+    expected, found = (KVCache(plain.config, 3, 16, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    for m, cache in ((plain, expected), (fast, found)):
+        m(idx[:, :6], cache=cache.expect(lengths=[3, 6, 1]))
+    own = torch.arange(14) < torch.tensor([9, 10, 12])[:, None]  # beams side by side: which slots each row's two see
+    for start, end, special in ((6, 7, {}), (7, 8, {}), (8, 10, {"positions": torch.tensor([[5, 5], [8, 8], [3, 3]])})):
+        if special:
+            special["visible"] = torch.stack((own, own), 1)[:, :, :end].clone()
+            special["visible"][:, 0, 9], special["visible"][:, 1, 8] = False, False
+        y, z = (m(idx[:, start:end], cache=c.expect(**special))[0] for m, c in ((plain, expected), (fast, found)))
+        assert_close(z.double(), y, 1e-4)
+    for a, b in ((expected.k, found.k), (expected.v, found.v), (expected.positions, found.positions)):
+        assert_close(b.double(), a.double(), 1e-4)
+    assert counted == [3, 3, 3]
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", BLOCKS, ids=label)
+def test_weights_in_bfloat16_give_the_texts_of_a_float32_model_of_the_same_numbers(model, counted, options):
     half = model(**options | {"block_size": 32}).bfloat16()
     plain, fast = copy.deepcopy(half).float(), speed_up(half)
-    assert sum(m.weight.dtype == torch.bfloat16 for m in fast.modules() if isinstance(m, OneRowLinear)) == 4 * 2 + 1
-    for search in (lambda m: generate(m, [[4]], 20, temperature=0), lambda m: generate(m, [[4]], 20)):
+    assert sum(m.weight.dtype == torch.bfloat16 for m in fast.modules() if isinstance(m, FewRowsLinear)) == 4 * 2 + 1
+    for search in (lambda m: generate(m, [[4], [9]], 20, temperature=0), lambda m: generate(m, [[4]], 20),
+                   lambda m: [beams[0].tokens for beams in beam_search(m, [[4]], 20)]):  # fmt: skip
         assert search(fast) == search(plain)
+    assert len(counted) == 3 * 20  # also the prompts, of one token each
     with torch.inference_mode():  # many rows are rounded to bfloat16
         expected = plain(tokens(3, 16))[0]
-        assert (fast(tokens(3, 16))[0] - expected).abs().mean() < 0.02 * expected.std()
+        assert (fast(tokens(3, 16))[0] - expected).abs().mean() < 0.05 * expected.std()
 
 
 @needs_compiler
-def test_what_native_layers_cannot_take_goes_through_pytorch(model):
+def test_what_native_layers_cannot_take_goes_through_pytorch(model, counted):
     fast = speed_up(model())
     assert speed_up(fast) is fast  # twice does no harm
+    assert sum(isinstance(m, FewRowsBlocks) for m in fast.modules()) == 1
     with torch.inference_mode():
         expected = fast(tokens(1, 1))[0]
         with torch.autocast("cpu", torch.bfloat16):
             assert (fast(tokens(1, 1))[0] - expected).abs().mean() < 0.05 * expected.std()
-        assert OneRowLinear(torch.ones(3, 8), None)(torch.ones(0, 8)).shape == (0, 3)
-        with pytest.raises(RuntimeError, match="shapes|size|dimension"):
-            OneRowLinear(torch.ones(3, 8), None)(torch.ones(1, 7))
+        assert FewRowsLinear(torch.ones(3, 8), None)(torch.ones(0, 8)).shape == (0, 3)
+        with pytest.raises(ValueError, match="rows of 8 numbers, not of 7"):
+            FewRowsLinear(torch.ones(3, 8), None)(torch.ones(1, 7))
+        with pytest.raises(RuntimeError, match="same dtype"):
+            fast(tokens(1, 1), cache=KVCache(fast.config, 1, 16, dtype=torch.bfloat16))
+    assert not counted
 
 
 @pytest.fixture
@@ -154,6 +190,7 @@ def test_without_a_compiler_decoding_says_so_once_and_takes_pytorchs_kernels(mod
     compilers(compiler)
     fast = speed_up(copy.deepcopy(plain))
     assert sum(isinstance(m, PackedLinear) for m in fast.modules()) == 4 * 2 + 1
+    assert not any(isinstance(m, FewRowsBlocks) for m in fast.modules())
     assert generate(fast, [one], 20, temperature=0) == generate(plain, [one], 20, temperature=0)
     speed_up(copy.deepcopy(plain), quantize="int8")
     (said,) = capfd.readouterr().err.splitlines()
