@@ -1,6 +1,6 @@
 """Compile decoding/native.cpp for this machine, and call it: the blocks of a GPT, and a linear layer, for few rows.
 
-What is computed follows the tensors' addresses, so that they must live as long as the structs that hold these.
+The structs hold addresses of numbers, so that their tensors are kept (`kept`), whatever becomes of the model's.
 """
 
 import ctypes
@@ -112,7 +112,7 @@ class NativeLinear:
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int):
-        self.out, self.n, self.dtype = len(weight), n, weight.dtype
+        self.out, self.n, self.dtype, self.kept = len(weight), n, weight.dtype, (weight, scale, bias)
         self.struct = Linear(address(weight), address(scale), address(bias), self.out, n, weight.stride(0))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -148,6 +148,7 @@ class NativeBlocks:
         self.config = Config(*numbers, config.norm == "layernorm", config.post_norm, MLPS.index(config.mlp),
                              config.norm_eps)  # fmt: skip
         self.dtype = mlp.down.native.dtype
+        self.kept = [weight.detach() for layer in (*blocks, last) for weight in layer.parameters()]
         self.weights = sum(
             layer.out * layer.n for layer in (layers[0].qkv, layers[0].out, layers[0].up, layers[0].down)
         )

@@ -167,6 +167,17 @@ def test_what_native_layers_cannot_take_goes_through_pytorch(model, counted):
     assert not counted
 
 
+@needs_compiler
+def test_a_sped_up_model_keeps_the_numbers_that_it_was_made_of(model):
+    fast = speed_up(model(norm="layernorm", bias=True))
+    expected = generate(fast, [[4]], 20, temperature=0)
+    fast.blocks.bfloat16().float()  # other numbers for the norms, elsewhere in memory
+    others = [torch.full((n,), torch.nan) for n in (6, 20) for _ in range(100)]
+    assert generate(fast, [[4]], 20, temperature=0) == expected and others
+    with pytest.raises(ValueError, match="pointers cannot be pickled"):
+        copy.deepcopy(fast)
+
+
 @pytest.fixture
 def compilers(monkeypatch):
     """compilers(CXX) makes that the compiler."""
