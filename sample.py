@@ -150,11 +150,13 @@ class SampleConfig:
         if idle:
             note(f"note: temperature=0 always takes the most likely token: {', '.join(idle)} cannot change the text")
 
-    def rows(self) -> int:
-        """Return the number of texts or beams to generate at once."""
+    def rows(self, prompts: int) -> int:
+        """Return the number of texts or beams to generate at once, for so many prompts."""
         if self.chat:
             return 1
-        return max(self.num_beams, self.batch_size if self.prompts else self.num_samples)
+        if self.num_beams > 1:
+            return self.num_beams * min(prompts, max(1, self.batch_size // self.num_beams))
+        return min(prompts * self.num_samples, self.batch_size if self.prompts else self.num_samples)
 
     def stops(self) -> list[str]:
         """Return the stop strings."""
@@ -177,8 +179,8 @@ def read_options(argv: list[str]) -> SampleConfig:
 # What to read
 
 
-def open_model(config: SampleConfig) -> TextModel:
-    """Return the run's model on its device, in its dtype, sped up for decoding. Raises ValueError."""
+def open_model(config: SampleConfig, prompts: int) -> TextModel:
+    """Return the run's model on its device, in its dtype, sped up for decoding so many prompts. Raises ValueError."""
     device = pick_device(config.device)
     run = Run.open(config.out_dir)
     if run.model_config.classes and not config.classify:
@@ -196,7 +198,7 @@ def open_model(config: SampleConfig) -> TextModel:
     gpt, tokenizer = run.load_model(config.checkpoint, None if stored else dtype).to(device), run.tokenizer
     # --score also measures the model without quantization; what fills and classifies reads its text at once
     if not config.score and (config.quantize != "none" or config.way() not in (FILL, CLASSIFY)):
-        gpt = speed_up(gpt, config.rows(), config.quantize)
+        gpt = speed_up(gpt, config.rows(prompts), config.quantize)
     if not run.fine_tuned:
         return TextModel(gpt, tokenizer, None)
     template = run.template()
@@ -371,7 +373,7 @@ def main() -> None:
         return
     config = read_options(sys.argv[1:])
     given = read_input(config)
-    model = open_model(config)
+    model = open_model(config, len(given.questions))
     if config.score:
         write_score(model, given.text, config.score, config.json, config.quantize)
     elif config.fill:

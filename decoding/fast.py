@@ -1,6 +1,7 @@
 """Faster decoding of the same model: few rows in C++, weights laid out anew, int8 weights, and steps as CUDA graphs.
 
-`speed_up` changes a model for decoding only: afterwards it can neither be trained nor saved.
+`speed_up` changes a model for decoding only: afterwards it can neither be trained, copied nor saved, nor its weights be
+changed.
 tests/test_fast.py proves that each of these equals the plain model in float32, except int8, which rounds the weights:
 `sample.py --score=FILE --quantize=int8` measures how much that costs.
 """
@@ -20,15 +21,11 @@ from fused import linear
 from model import GPT, Block, GPTConfig, Head, Mask
 
 WORTH_RECORDING = 8  # fewest steps in which a CUDA graph saves more time than its recording takes
-ROWS = 16  # number of rows that packed weights are laid out for; the layout serves any other number too
+PACKED_ROWS = 16  # number of rows that packed weights are laid out for; the layout serves any other number too
 
 
 class FewRowsLinear(nn.Module):
-    """A linear layer with weights in float32 or bfloat16 that decoding/native.cpp computes for few rows, in float32.
-
-    On a CPU, decoding takes as long as reading the weights. PyTorch's kernels, which many rows still use, reach half of
-    the memory's speed for few.
-    """
+    """A linear layer with weights in float32 or bfloat16 that computes in float32, few rows by decoding/native.cpp."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -38,15 +35,15 @@ class FewRowsLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if native.is_few(x):
             return self.native(x)
-        y = linear(x.to(self.weight.dtype), self.weight).float()
+        y = linear(x.float(), self.weight.float())
         return y if self.bias is None else y + self.bias
 
 
 class FewRowsBlocks(nn.Module):
     """All blocks of a GPT, and the norm after them, which decoding/native.cpp computes for few tokens, in float32.
 
-    blocks: with linear layers that have `native`. last: the norm, or an Identity. Calls with many tokens or without a
-    cache go through these as they are.
+    blocks: with linear layers that have `native`. last: the norm, or an Identity. What is no step of decoding goes
+    through these one by one: prompts, many tokens, and calls without a cache.
     """
 
     def __init__(self, blocks: nn.ModuleList, last: nn.Module, config: GPTConfig):
@@ -54,8 +51,8 @@ class FewRowsBlocks(nn.Module):
         self.blocks, self.last, self.native = blocks, last, native.NativeBlocks(list(blocks), last, config)
 
     def forward(self, x: Tensor, rope, mask: Mask, cache: KVCache | None) -> Tensor:
-        plain = mask.causal or mask.kernel is not None or mask.empty_rows is not None
-        if native.is_few(x) and cache is not None and not cache.frozen and cache.k.dtype == x.dtype and not plain:
+        is_step = not mask.causal and mask.kernel is None and mask.empty_rows is None  # what bias says is all
+        if is_step and native.is_few(x) and cache is not None and self.native.can_fill(cache, len(x)):
             return self.native(x, rope, mask.bias, cache)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -70,7 +67,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS), bias
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS), bias
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -81,7 +78,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        W = weight.detach().to(torch.float32, copy=True)  # the only copy of the layer; the rest is done in its place
+        # The only copy of the layer; the rest is done in its place
+        W = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self.scale = torch.linalg.vector_norm(W, torch.inf, dim=1).clamp(min=1e-12) / 127
         self.columns = -W.size(1) % 16  # of zeros, which are added: PyTorch's kernel reads 16 columns at once
         self.q = F.pad(W.div_(self.scale[:, None]).round_().to(torch.int8), (0, self.columns))
@@ -95,7 +93,7 @@ class Int8Linear(nn.Module):
         if self.native and native.is_few(x):
             return self.native(x)
         rows = F.pad(x.flatten(0, -2), (0, self.columns))
-        if len(rows) <= ROWS:  # PyTorch's kernel takes activations in bfloat16
+        if len(rows) <= native.ROWS:  # PyTorch's kernel takes activations in bfloat16
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.ones).float() * self.scale
         else:  # many rows are faster with the weights unpacked to float32 once
             y = linear(rows, self.q.float()) * self.scale

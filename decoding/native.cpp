@@ -41,7 +41,7 @@ struct Layer {  // model.py: Block
     int64_t rotates;
 };
 
-enum MLP : int64_t { SWIGLU, GEGLU, GELU, GELU_EXACT, RELU2 };
+enum MLP : int64_t { SWIGLU, GEGLU, GELU, GELU_EXACT, RELU2 };  // in the order of native.py: MLPS
 
 struct Config {  // model.py: GPTConfig
     int64_t n_embd, n_head, n_kv_head, head_dim, mlp_dim, layernorm, post_norm, mlp;
@@ -52,15 +52,16 @@ struct Step {
     int64_t B, T, S;                 // texts, new tokens of each, and keys: the last T are those of the new tokens
     const float *cos, *sin;          // (B, T, D), or null without RoPE
     const float* bias;               // (B, H, T, S), what is added to the scores, or null
-    int64_t bias_b, bias_h, bias_t;  // its strides
+    int64_t bias_b, bias_h, bias_t;  // its strides; in S it is 1
     float *k, *v;                    // the cache: (layers, B, K, S or more, D)
-    int64_t layer, b, head;          // its strides
+    int64_t layer, b, head;          // strides of both; then D and 1
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Linear layers
 
-// Vectors of the processor. GCC and Clang compute with them number by number.
+// Vectors of the processor, on which + and * work element by element. (GCC and Clang have them. may_alias and aligned:
+// they are read from arrays of other types, wherever these begin.)
 #ifdef __AVX512F__
 const int LANES = 16;
 #else
@@ -70,7 +71,8 @@ typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef int32_t words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 
 // Weights are read as words of 32 bits, each of which packs 1, 2 or 4. `unpack` gives the i-th of each word. So a block
-// of 64 weights becomes VECTORS vectors in an order of their own, in which `arrange` puts the numbers that they meet.
+// of 64 weights becomes VECTORS vectors in an order of their own, and `arrange` puts the numbers x that they meet into the
+// same: for bytes and LANES = 8, x[0], x[4], … x[28], then x[1], x[5], … What is left of n after the blocks stays as it is.
 const int PACKED = 4 / sizeof(Weight), BLOCK = 64, VECTORS = BLOCK / LANES;
 
 static inline floats unpack(const float*, words w, int) { return (floats)w; }
@@ -88,9 +90,9 @@ static void arrange(const float* x, float* y, int64_t n) {
     for (; k < n; k++) y[k] = x[k];
 }
 
-// The dot products of n weights with each of ROWS arranged rows x (ROWS, n). A row has several sums, which are added up
-// at the end: one alone would make each addition wait for the one before it. Meanwhile the weights AHEAD bytes further
-// on, of this output or the next ones, are fetched from memory.
+// The dot products of n weights with each of ROWS arranged rows x (ROWS, n). Several sums are under way at once, since an
+// addition to one must wait for the one before it; they stay in registers, as all loops over them are unrolled. Meanwhile
+// the weights AHEAD bytes further on, of this output or the next ones, are fetched from memory.
 template <int ROWS>
 static inline void dots(const Weight* w, const float* x, int64_t n, float* y) {
     const int SUMS = VECTORS / ROWS, AHEAD = 512 * PACKED, CACHE_LINE = 64;
@@ -116,7 +118,7 @@ static inline void dots(const Weight* w, const float* x, int64_t n, float* y) {
     }
 }
 
-// y (R, out) = l(x) for x (R, n), or y += l(x). A weight is read from memory once for all rows.
+// y (R, out) = l(x) for given x (R, n), or y += l(x). A weight is read from memory once for all rows.
 static void linear(const Linear& l, const float* given, float* y, int64_t R, bool add = false) {
     float *x = new float[R * l.n], *sums = new float[R];  // each thread's own
     for (int64_t r = 0; r < R; r++) arrange(given + r * l.n, x + r * l.n, l.n);
@@ -183,7 +185,7 @@ static void place(const Layer& block, const Config& c, const Step& t, float* qkv
         if (!value && norm.w) normalize(norm, c, x, x, D);
         if (!value && t.cos && block.rotates) rotate(x, t.cos + row * D, t.sin + row * D, D);
         if (query) continue;
-        float* cache = (value ? t.v : t.k) + layer * t.layer + row / t.T * t.b + (h - H) % K * t.head;
+        float* cache = (value ? t.v : t.k) + layer * t.layer + row / t.T * t.b + (value ? h - H - K : h - H) * t.head;
         memcpy(cache + (t.S - t.T + row % t.T) * D, x, D * sizeof(float));
     }
 }
@@ -226,21 +228,21 @@ static void activate(const Config& c, const float* x, float* y, int64_t R) {
     const int64_t n = c.mlp_dim, gated = c.mlp == SWIGLU || c.mlp == GEGLU;
     #pragma omp for
     for (int64_t i = 0; i < R * n; i++) {
-        const float* z = x + i + (gated ? i / n * n : 0);
+        const float* z = x + i + (gated ? i / n * n : 0);  // behind as many ups as there are rows before this one
         switch (c.mlp) {
             case SWIGLU: y[i] = silu(*z) * z[n]; break;
             case GEGLU: y[i] = gelu(*z) * z[n]; break;
             case GELU: y[i] = gelu(*z); break;
             case GELU_EXACT: y[i] = gelu_exact(*z); break;
-            case RELU2: y[i] = *z > 0 ? *z * *z : 0;
+            case RELU2: y[i] = *z < 0 ? 0 : *z * *z;  // NaN stays NaN
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// x (R, C) through all blocks and the norm after them, in place; its tokens' keys and values go into the cache.
-// model.py: Block, and GPT.forward.
+// x (R, C) through all blocks, in place, and without post_norm through the norm after the last one. The keys and values
+// of its tokens go into the cache. model.py: Block, and GPT.forward.
 extern "C" void run_blocks(
     const Layer* blocks, int64_t layers, const Norm* last, const Config* config, const Step* step, float* x, int threads
 ) {

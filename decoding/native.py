@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 30  # seconds that the compiler may take
 WEIGHTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
-MLPS = ("swiglu", "geglu", "gelu", "gelu_exact", "relu2")
+MLPS = ("swiglu", "geglu", "gelu", "gelu_exact", "relu2")  # in the order of native.cpp: MLP
 ROWS = 16  # most rows that the functions take
 FEW = 8  # rows up to which they are faster than PyTorch's kernels in float32
 ALONE = 1 << 16  # products of numbers, up to which one thread is faster than several
@@ -71,10 +71,11 @@ note_once = lru_cache(note)  # for all types of weights
 
 def compiled(weight: str) -> ctypes.CDLL:
     """Compile and load native.cpp. Raises OSError, ValueError, AttributeError or SubprocessError if that fails."""
-    command, *options = cpp_compiler()
+    words = cpp_compiler()
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))  # CXX's own option
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/native.so"
-        command = [command, *FLAGS, *options, f"-DWEIGHT={weight}", str(SOURCE), "-o", file]
+        command = [*words[:first], *FLAGS, f"-DWEIGHT={weight}", *words[first:], str(SOURCE), "-o", file]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
                        timeout=PATIENCE)  # fmt: skip
         try:
@@ -107,11 +108,13 @@ def is_few(x: Tensor) -> bool:
 class NativeLinear:
     """scale ⊙ (weight·x) + bias for few rows x (…, n), in float32, (…, out). No gradient flows.
 
-    weight: (out, n or more), of a type in WEIGHTS; only the first n numbers of a row count. scale, bias: (out,) in
-    float32, or None.
+    weight: (out, n or more), of a type in WEIGHTS, each row contiguous; only its first n numbers count. scale, bias:
+    (out,) in float32, or None.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int):
+        if n > 1 and weight.stride(1) != 1:
+            raise ValueError("the rows of a weight must be contiguous")
         self.out, self.n, self.dtype, self.kept = len(weight), n, weight.dtype, (weight, scale, bias)
         self.struct = Linear(address(weight), address(scale), address(bias), self.out, n, weight.stride(0))
 
@@ -126,12 +129,12 @@ class NativeLinear:
 
 
 def norm_struct(layer: nn.Module) -> ctypes.Structure:
-    """A Norm, or an Identity, which has no weight."""
+    """The struct of a model's Norm, or of an Identity, which has no weight."""
     return Norm(address(getattr(layer, "weight", None)), address(getattr(layer, "bias", None)))
 
 
 class NativeBlocks:
-    """Blocks of a GPT, and the norm after them if it has one, for few tokens x (B, T, C), in float32.
+    """All blocks of a GPT for few tokens x (B, T, C), in float32, and without post_norm the norm after them, `last`.
 
     Each linear layer of the blocks has a NativeLinear as its attribute `native`. No gradient flows.
     """
@@ -153,19 +156,24 @@ class NativeBlocks:
             layer.out * layer.n for layer in (layers[0].qkv, layers[0].out, layers[0].up, layers[0].down)
         )
 
-    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None, cache: KVCache) -> Tensor:
-        """Returns (B, T, C), and puts the tokens' keys and values into the cache, where they have been placed.
+    def can_fill(self, cache: KVCache, B: int) -> bool:
+        """Whether the cache is one for B texts of this model, in float32."""
+        shape = (len(self.layers), B, self.config.n_kv_head, cache.k.size(3), self.config.head_dim)
+        return not cache.frozen and all(
+            x.shape == shape and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() for x in (cache.k, cache.v)
+        )
 
-        rope: (cos, sin), (B, 1, T, D) each. bias: see `Mask`; numbers for the slots that are taken.
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None, cache: KVCache) -> Tensor:
+        """Returns (B, T, C), and puts the tokens' keys and values where a cache that it `can_fill` has placed them.
+
+        rope: (cos, sin), (B or 1, 1, T, D) each. bias: see `Mask`; numbers for the slots that are taken.
         """
-        (B, T, _), S, H = x.shape, cache.used, self.config.n_head
-        x, (cos, sin) = x.clone(memory_format=torch.contiguous_format), rope or (None, None)
-        strides = (0, 0, 0)
+        (B, T, _), S, H, D = x.shape, cache.used, self.config.n_head, self.config.head_dim
+        x, strides = x.detach().clone(memory_format=torch.contiguous_format), (0, 0, 0)
         if bias is not None:
-            bias = bias.contiguous().expand(B, H, T, S)
+            bias = bias.expand(*bias.shape[:3], S).contiguous().expand(B, H, T, S)
             strides = bias.stride()[:3]
-        if rope is not None:
-            cos, sin = cos.contiguous(), sin.contiguous()
+        cos, sin = (None, None) if rope is None else (table.expand(B, 1, T, D).contiguous() for table in rope)
         step = Step(B, T, S, address(cos), address(sin), address(bias), *strides, address(cache.k), address(cache.v),
                     *cache.k.stride()[:3])  # fmt: skip
         library(self.dtype).run_blocks(address(self.layers), len(self.layers), address(self.last), address(self.config),

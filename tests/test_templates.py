@@ -340,7 +340,7 @@ def test_a_run_of_another_style_is_fine_tuned_and_sampled_in_its_style(imported,
     assert run.tokenizer.content() == source.tokenizer.content() and not (run.lora and run.lora.new_rows)
     again = Run.open(tune(run.folder, tmp_path / "b", imported.parent)) if not options else run.base
     assert (again.chat_style, again.default_system) == ("chatml", SMOLLM)
-    model = open_model(SampleConfig(out_dir=str(run.folder), device="cpu"))
+    model = open_model(SampleConfig(out_dir=str(run.folder), device="cpu"), 1)
     assert model.eos_id == run.tokenizer.special_tokens["<|im_end|>"]
     assert model.template.render(TALK[:1], reply=True) == Template(run.tokenizer, "chatml", SMOLLM).render(
         TALK[:1], reply=True
