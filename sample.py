@@ -155,8 +155,15 @@ class SampleConfig:
         if self.chat:
             return 1
         if self.num_beams > 1:
-            return self.num_beams * min(prompts, max(1, self.batch_size // self.num_beams))
-        return min(prompts * self.num_samples, self.batch_size if self.prompts else self.num_samples)
+            return self.num_beams * min(prompts, self.batch(prompts))
+        texts = prompts * self.num_samples
+        return min(texts, self.batch(texts))
+
+    def batch(self, texts: int) -> int:
+        """Return how many of so many texts, or of so many prompts' beam searches, make a batch."""
+        if self.num_beams > 1:
+            return max(1, self.batch_size // self.num_beams)
+        return self.batch_size if self.prompts else texts
 
     def stops(self) -> list[str]:
         """Return the stop strings."""
@@ -267,7 +274,7 @@ def write_samples(model: TextModel, config: SampleConfig, prompts: list[Prompt])
     done, live = 0, not (config.prompts or config.json)  # live: show the first text while it is generated
     if config.explain:
         show(steps_heading(config.drawing()))
-    for batch in batches(rows, config.batch_size if config.prompts else len(rows)):
+    for batch in batches(rows, config.batch(len(rows))):
         drawn = draw(model, config, [prompt for prompt, _ in batch], config.seed + done, live)
         for (prompt, n), (text, finish, tokens, steps) in zip(batch, drawn, strict=True):
             if config.json:
@@ -321,7 +328,7 @@ def draw(
 
 def write_beams(model: TextModel, config: SampleConfig, prompts: list[Prompt]) -> None:
     """Search with num_beams, and print the num_samples best texts for each prompt with their scores."""
-    for batch in batches(prompts, max(1, config.batch_size // config.num_beams)):
+    for batch in batches(prompts, config.batch(len(prompts))):
         record: list[list[Candidate]] = [[] for _ in batch] if config.explain else []
         found = beam_search(
             model.gpt, [prompt.tokens for prompt in batch], config.max_new_tokens, num_beams=config.num_beams,

@@ -129,9 +129,10 @@ def speed_up(model: GPT, rows: int = 1, quantize: str = "none") -> GPT:
     replace_layers(model, faster)
     model.float()
     if getattr(model.head, "native", None) and all(type(block) is Block for block in model.blocks):
-        last = nn.Identity() if model.config.post_norm else model.norm
+        last: nn.Module = nn.Identity()
+        if not model.config.post_norm:
+            last, model.norm = model.norm, last
         model.blocks = nn.ModuleList([FewRowsBlocks(model.blocks, last, model.config)])
-        model.norm = model.norm if model.config.post_norm else nn.Identity()
     return model
 
 

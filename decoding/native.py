@@ -72,7 +72,7 @@ note_once = lru_cache(note)  # for all types of weights
 def compiled(weight: str) -> ctypes.CDLL:
     """Compile and load native.cpp. Raises OSError, ValueError, AttributeError or SubprocessError if that fails."""
     words = cpp_compiler()
-    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))  # CXX's own option
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))  # its own options come last
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/native.so"
         command = [*words[:first], *FLAGS, f"-DWEIGHT={weight}", *words[first:], str(SOURCE), "-o", file]
@@ -144,17 +144,14 @@ class NativeBlocks:
         for block in blocks:
             attention, mlp = block.attention, block.mlp
             norms = map(norm_struct, (block.norm_attention, attention.q_norm, attention.k_norm, block.norm_mlp))
-            linear = (layer.native.struct for layer in (attention.qkv, attention.out, mlp.up, mlp.down))
-            layers.append(Layer(*norms, *linear, attention.rotates))
+            linears = [layer.native for layer in (attention.qkv, attention.out, mlp.up, mlp.down)]
+            layers.append(Layer(*norms, *(layer.struct for layer in linears), attention.rotates))
         self.layers, self.last = (Layer * len(layers))(*layers), norm_struct(last)
         numbers = [getattr(config, name) for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "mlp_dim")]
         self.config = Config(*numbers, config.norm == "layernorm", config.post_norm, MLPS.index(config.mlp),
                              config.norm_eps)  # fmt: skip
-        self.dtype = mlp.down.native.dtype
+        self.dtype, self.weights = linears[0].dtype, sum(layer.out * layer.n for layer in linears)  # of a block
         self.kept = [weight.detach() for layer in (*blocks, last) for weight in layer.parameters()]
-        self.weights = sum(
-            layer.out * layer.n for layer in (layers[0].qkv, layers[0].out, layers[0].up, layers[0].down)
-        )
 
     def can_fill(self, cache: KVCache, B: int) -> bool:
         """Whether the cache is one for B texts of this model, in float32."""
