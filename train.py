@@ -191,7 +191,7 @@ class Trainer:
                 group["lr"] = learning_rate_at(step, self.config)
             if not skip:
                 self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         self.scaler.update()
 
     def flush(self) -> None:
@@ -258,7 +258,7 @@ class Trainer:
         if process.rank == 0 or sharded:
             self.model.eval()
             # A sharded model's blocks need autocast, and may be compiled, which is for training's shapes
-            plainly = torch.compiler.set_stance("force_eager" if self.config.compile is True else "default")
+            plainly = torch.compiler.set_stance("force_eager") if self.config.compile is True else nullcontext()
             with autocast(process.device, process.dtype if sharded else "float32"), plainly:
                 self.log.show_preview(self.task.preview(self.model), self.state["step"])
             self.model.train()

@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  (the optimizers import it when they are made, which takes seconds: see Forked)
 
 import train  # noqa: E402
 from common import cli  # noqa: E402

@@ -138,7 +138,7 @@ def nanogpt_engine(clone: str, shape: Shape, device: str, compiled: bool) -> Eng
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return loss.detach() * micro_steps
 
     flops_per_token = model.estimate_mfu(1, 1.0) * A100 / shape.block_size

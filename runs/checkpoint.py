@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common.files import read_json, sync
 from model import GPT
+from training.optim import Optimizer
 from training.shard import held_rows, local, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -341,7 +342,7 @@ def load_optimizers(model: GPT, optimizers: list, checkpoint: Path) -> None:
     Raises ValueError if its names or shapes are not those of this model.
     """
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    owner: dict[Tensor, torch.optim.Optimizer] = {}
+    owner: dict[Tensor, Optimizer] = {}
     for optimizer in optimizers:
         owner |= {p: optimizer for group in optimizer.param_groups for p in group["params"]}
     with open_tensors(checkpoint / FILES[1]) as file:

@@ -39,7 +39,7 @@ def train_steps(job: Job, batch_sizes: list[int], device: str) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
 
 def resident(name: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  (optimizers and DTensors import these: once, before all processes are forked)
+import torch._dynamo  # noqa: E402  (DTensors import these: once, before all processes are forked)
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
 

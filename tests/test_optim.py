@@ -11,7 +11,7 @@ import torch._dynamo
 from model import GPT, GPTConfig
 from training.config import TrainConfig
 from training.device import Process
-from training.optim import Muon, assign_owners, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
+from training.optim import AdamW, Muon, assign_owners, learning_rate_at, make_optimizers, orthogonalize, stacked_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,11 +141,42 @@ def test_muon_continues_from_its_saved_state():
     param = torch.nn.Parameter(w.clone())
     optimizer = Muon([param], [[8]], LR)
     for g in (first, second):
-        saved, optimizer = optimizer.state_dict(), Muon([param], [[8]], LR)
-        optimizer.load_state_dict(saved)
+        saved, optimizer = optimizer.state, Muon([param], [[8]], LR)
+        optimizer.state = saved
         param.grad = g.clone()
         optimizer.step()
     assert_close(param.detach(), expected)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.8, 0.999)])
+def test_adamw_is_pytorchs(betas):
+    """The groups have their own weight decays; one weight has no gradient at first; the learning rate changes."""
+    found, expected = ([torch.nn.Parameter(random(*shape, seed=7)) for shape in ((6, 4), (5, 3), (4,))] for _ in "ab")
+
+    def groups(a, b, c):
+        return [{"params": [a, b], "weight_decay": 0.3}, {"params": [c], "weight_decay": 0.0}]
+
+    ours = AdamW(groups(*found), LR, betas)
+    theirs = torch.optim.AdamW(groups(*expected), lr=LR, betas=betas, foreach=False)  # written out, tensor by tensor
+    for step in range(6):
+        for optimizer, weights in ((ours, found), (theirs, expected)):
+            for i, weight in enumerate(weights):
+                weight.grad = None if i == 1 and step < 2 else random(*weight.shape, seed=10 * step + i)
+            for group in optimizer.param_groups:
+                group["lr"] = LR / (1 + step)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(weight.grad is None for weight in weights)
+        for mine, other in zip(found, expected, strict=True):
+            assert_close(mine, other)
+
+
+def test_training_without_compiling_does_not_import_the_compiler(tmp_path, corpus_folder):
+    """It would take two seconds of every start."""
+    code = "import sys, train; train.main(); assert 'torch._dynamo' not in sys.modules"
+    options = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_iters=2"]
+    command = [sys.executable, "-c", code, f"--dataset={corpus_folder}", f"--out_dir={tmp_path / 'run'}", *options]
+    subprocess.run([*command, "--device=cpu"], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -331,9 +362,9 @@ def test_muon_owns_the_matrices_of_the_blocks_and_adamw_the_rest(options):
         is_hidden = name.startswith("blocks.") and name.endswith(
             ("qkv.weight", "out.weight", "up.weight", "down.weight")
         )
-        assert isinstance(optimizer, Muon if is_hidden else torch.optim.AdamW), name
+        assert isinstance(optimizer, Muon if is_hidden else AdamW), name
     for ((optimizer, _),) in owners(model, replace(CONFIG, optimizer="adamw")).values():
-        assert isinstance(optimizer, torch.optim.AdamW)
+        assert isinstance(optimizer, AdamW)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

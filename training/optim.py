@@ -6,11 +6,13 @@ Notable:
 - matrices of one shape, from all layers, go through Newton-Schulz as one batch, which can be compiled;
 - of the processes that train together, one orthogonalises each matrix, and one all-gather brings the updates to all;
   if the weights are sharded, their rows travel to it, and the rows of the updates back (training/shard.py);
-- Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+- Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both;
+- nothing here is a torch.optim.Optimizer, which would bring PyTorch's compiler: two seconds of every start.
 """
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +76,60 @@ def pieces(stacks: list[Tensor], rows: list[list[int]]) -> list[Tensor]:
     return [piece for stack, counts in zip(stacks, rows, strict=True) for piece in stack.split(counts)]
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Weights, in groups that share settings, and what is remembered of each between steps.
+
+    groups: dicts of "params", "lr" and other settings, which may change between steps. state: weight → name → tensor.
+    torch.amp.GradScaler takes it for one of torch.optim's.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        self.param_groups = groups
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def step(self) -> None:
+        """One update of every weight. Processes that train together call this together."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay [Loshchilov & Hutter 2019, algorithm 2], by PyTorch's kernel for it.
+
+    groups: as `Optimizer` takes them, with "weight_decay". A weight without a gradient stays as it is.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float = 1e-8):
+        super().__init__([{"lr": lr, **group} for group in groups])
+        self.betas, self.eps = betas, eps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in weights:
+                if not self.state[weight]:
+                    step = torch.zeros((), device=weight.device)
+                    mean, mean_square = torch.zeros_like(weight), torch.zeros_like(weight)
+                    self.state[weight] |= {"step": step, "exp_avg": mean, "exp_avg_sq": mean_square}
+            means, mean_squares, steps = (
+                [local(self.state[weight][key]) for weight in weights] for key in ("exp_avg", "exp_avg_sq", "step")
+            )
+            gradients = [local(weight.grad) for weight in weights]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                [local(weight) for weight in weights], gradients, means, mean_squares, [], steps,
+                lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
+                eps=self.eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+
+class Muon(Optimizer):
     """Orthogonalised momentum: every direction of a weight matrix moves by about the same amount.
 
     params: 2-d weights. rows: for each of them, the numbers of rows of the matrices stacked in it. The update of an
@@ -88,7 +143,7 @@ class Muon(torch.optim.Optimizer):
         self, params: list[nn.Parameter], rows: list[list[int]], lr: float, momentum=0.95, weight_decay=0.0,
         process: Process | None = None, compiled: bool = False,
     ):  # fmt: skip
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__([{"params": params, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}])
         self.rank, world_size = (process.rank, process.world_size) if process else (0, 1)
         self.dtype = torch.bfloat16 if process and process.dtype == "bfloat16" else None  # None: the weights' own
         self.shapes = [(n, p.size(1)) for p, counts in zip(params, rows, strict=True) for n in counts]
@@ -105,7 +160,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every weight; each must have a gradient. Processes that train together call this together."""
+        """One update of every weight; each must have a gradient."""
         (group,) = self.param_groups
         for weight in group["params"]:
             if "momentum" not in self.state[weight]:
@@ -176,7 +231,7 @@ def stacked_rows(model: GPT) -> dict[str, list[int]]:
     return {n: rows for n, _ in model.named_parameters() for end, rows in stacks.items() if n.endswith(end)}
 
 
-def make_optimizers(model: GPT, config, process: Process | None = None) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config, process: Process | None = None) -> list[Optimizer]:
     """Make the optimizers of all weights that train: [Muon, AdamW], or [AdamW] for optimizer='adamw'.
 
     Muon takes the 2-d weights inside the blocks, AdamW all others. Weight decay applies to 2-d weights only: it is to
@@ -190,16 +245,16 @@ def make_optimizers(model: GPT, config, process: Process | None = None) -> list[
         n: p for n, p in named if config.optimizer == "muon" and p.dim() == 2 and n.startswith(("blocks.", "encoder."))
     }
     rest = [p for n, p in named if n not in hidden]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers: list[Optimizer] = []
     if hidden:
         stacks = [rows.get(n, [p.size(0)]) for n, p in hidden.items()]
         settings = (config.learning_rate, config.muon_momentum, config.weight_decay)
         optimizers.append(Muon(list(hidden.values()), stacks, *settings, process, compiled=config.compile is True))
     if rest:
-        betas, groups = (config.beta1, config.beta2), [g for g in groups if g["params"]]
-        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True))
+        groups = [g for g in groups if g["params"]]
+        optimizers.append(AdamW(groups, config.learning_rate, (config.beta1, config.beta2)))
     return optimizers
