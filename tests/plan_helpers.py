@@ -1,6 +1,7 @@
 """Jobs to plan, and the same jobs done for real; run as a script, it measures the memory that one of them takes."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from model import GPTConfig
 from training.config import TrainConfig
-from training.device import Process, autocast
+from training.device import Process, autocast, reuse_freed_memory
 from training.lora import LoraConfig
 from training.optim import make_optimizers
 from training.plan import Job
@@ -49,6 +50,8 @@ def resident(name: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        reuse_freed_memory()  # as training on a CPU does
     planned = job(**json.loads(sys.argv[1]))
     train_steps(job(), [1, 1], "cpu")
     before = resident("VmRSS")

@@ -1,5 +1,10 @@
 """training/device.py: which device a name means, its random numbers, its peak, and the processes of torchrun."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +12,7 @@ import torch.distributed as dist
 from tests.fake_cuda import emulated
 from training.device import Peak, Process, pick_device, pick_dtype, seed_random, start_process
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "xpu", "meta", "CPU"])
@@ -137,3 +142,20 @@ def test_the_peak_of_a_gpu_is_its_data_sheets():
     assert half.mfu(4 * 989e12 * 1.01) is None
     with emulated("mps"):
         assert Peak(Process(0, 1, pick_device("mps"), "float32")).mfu(1.0) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to keep what is freed")
+def test_training_on_a_cpu_takes_the_memory_of_freed_tensors_again():
+    """A tensor's pages are new only once: each would be a page fault, in which the system fills it with zeros."""
+    code = """if True:
+        import resource, torch
+        from training.device import start_process
+
+        start_process("cpu", "float32", 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.zeros(2**24)  # 64 MB
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**26)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 10  # tensors' worth of new pages: the first few find their place
