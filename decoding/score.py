@@ -74,7 +74,8 @@ def write_score(model: TextModel, text: str, name: str, as_json: bool, quantize:
     if as_json:
         print(json.dumps(found))
         return
-    print(f"{name}: {found['tokens']:,} tokens, {counted:,} bytes")
+    first = f" (the first token, {given} bytes, is only read)" if given else ""
+    print(f"{name}: {found['tokens']:,} tokens, {counted:,} bytes{first}")
     per_token = -found["log_likelihood"] / found["tokens"]
     print(f"log-likelihood {found['log_likelihood']:,.2f} nats, {per_token:.4f} nats lost per token")
     print(f"perplexity {found['perplexity']:,.4f} per token")

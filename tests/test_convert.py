@@ -133,11 +133,12 @@ def test_a_text_has_the_likelihood_that_the_owner_gives_it(model, tmp_path):
     (tmp_path / "text").write_text(PROMPT)
     ids = model.ids(PROMPT)
     expected = model.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum()
-    (found,) = json_lines(
-        command(sample.main, f"--out_dir={model.run.folder}", f"--score={tmp_path / 'text'}", "--json", "--device=cpu")
-    )
+    options = f"--out_dir={model.run.folder}", f"--score={tmp_path / 'text'}", "--device=cpu"
+    (found,) = json_lines(command(sample.main, *options, "--json"))
     assert found["tokens"] == len(ids) - 1
     assert found["log_likelihood"] == pytest.approx(expected.item(), rel=1e-4)
+    first = f" (the first token, {len(PROMPT.encode()) - found['bytes']} bytes, is only read)"
+    assert (first in command(sample.main, *options).stdout) == (found["bytes"] < len(PROMPT.encode()))
 
 
 def trained(main, run, data, folder, *options):
