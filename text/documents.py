@@ -56,6 +56,9 @@ def split_of(text: str, val_fraction: float) -> str:
 
 TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+KNOWN = f"""known are .parquet, and {", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES))}, alone or followed by {
+    ", ".join(PACKED_SUFFIXES)
+}; --text_suffix reads other files as plain text"""
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,7 @@ def find_files(paths: Iterable[str | Path], reading: Reading) -> list[File]:
         elif kind := _kind_by_name(Path(path), reading):
             files.append(File(Path(path), str(path), kind))
         else:
-            known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES))
-            raise ValueError(
-                f"{path}: unknown suffix; known are .parquet, and {known}, alone or followed by "
-                f"{', '.join(PACKED_SUFFIXES)}; --text_suffix reads other files as plain text"
-            )
+            raise ValueError(f"{path}: unknown suffix; {KNOWN}")
     for file in files:
         package = {".zst": "zstandard", ".parquet": "pyarrow"}.get(file.path.suffix.lower())
         if package and not _installed(package):
@@ -179,9 +178,13 @@ def _files_in(folder: Path, reading: Reading) -> list[File]:
                 others["".join(ending) or "without ending"] += 1
     found = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
     if not files:
-        raise ValueError(f"{folder}: no file in this folder can be read" + (f" (there are {found})" if found else ""))
+        remedy = (
+            f" (there are {found}); {KNOWN}, and one without suffix is read if it is given by itself" if found else ""
+        )
+        raise ValueError(f"{folder}: no file in this folder can be read{remedy}")
     if others:
-        print(f"note: {folder}: {others.total()} files of other kinds left out ({found})", file=sys.stderr)
+        count = others.total()
+        print(f"note: {folder}: {count} file{'s' * (count > 1)} of other kinds left out ({found})", file=sys.stderr)
     return files
 
 
