@@ -99,8 +99,10 @@ class Optimizer:
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay [Loshchilov & Hutter 2019, algorithm 2], by PyTorch's kernel for it.
+    """Adam with decoupled weight decay λ [Loshchilov & Hutter 2019, algorithm 2], by PyTorch's kernel for it.
 
+    w ← (1-ηλ)·w - η·m̂/(√v̂+ε), with the running means m of the gradients and v of their squares, m̂ = m/(1-β₁ᵗ) and
+    v̂ = v/(1-β₂ᵗ) after t steps, and η the learning rate.
     groups: as `Optimizer` takes them, with "weight_decay". A weight without a gradient stays as it is.
     """
 
@@ -112,6 +114,8 @@ class AdamW(Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
             for weight in weights:
                 if not self.state[weight]:
                     step = torch.zeros((), device=weight.device)
