@@ -188,7 +188,7 @@ def test_what_a_user_may_not_expect_is_told(here, tmp_path):
     jsonl(path, ["a" * 9 + str(i % 9) for i in range(40)] + ["<|endoftext|>" + "b" * 5000])
     told = here("text", "--input", path, *options).err
     assert "of the text is for validation, not 30.00%" in told
-    assert "the text spells out '<|endoftext|>' 1 times" in told
+    assert "the text spells out '<|endoftext|>' 1 time;" in told
     assert "--document_separator '<|endoftext|>'" in told and "no end-of-text" not in told
     jsonl(path, [f"a{i % 10}{i}" for i in range(400)])
     CharTokenizer("a0123456789", eot=False).save(tmp_path)

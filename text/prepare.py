@@ -223,8 +223,8 @@ def notes(meta: dict, tokenizer: Tokenizer, val_fraction: float | None) -> Itera
         )
     for name, count in meta["special_tokens_in_text"].items():
         yield (
-            f"the text spells out {name!r} {count:,} times; it stays ordinary text (where it separates documents: "
-            f"--document_separator '{name}')"
+            f"the text spells out {name!r} {count:,} time{'s' * (count > 1)}; it stays ordinary text "
+            f"(where it separates documents: --document_separator '{name}')"
         )
 
 
