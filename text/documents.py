@@ -178,10 +178,8 @@ def _files_in(folder: Path, reading: Reading) -> list[File]:
                 others["".join(ending) or "without ending"] += 1
     found = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
     if not files:
-        remedy = (
-            f" (there are {found}); {KNOWN}, and one without suffix is read if it is given by itself" if found else ""
-        )
-        raise ValueError(f"{folder}: no file in this folder can be read{remedy}")
+        what = f" (there are {found}); {KNOWN}, and one without suffix is read if given by itself" if found else ""
+        raise ValueError(f"{folder}: no file in this folder can be read{what}")
     if others:
         count = others.total()
         print(f"note: {folder}: {count} file{'s' * (count > 1)} of other kinds left out ({found})", file=sys.stderr)

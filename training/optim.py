@@ -102,13 +102,13 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay λ [Loshchilov & Hutter 2019, algorithm 2], by PyTorch's kernel for it.
 
     w ← (1-ηλ)·w - η·m̂/(√v̂+ε), with the running means m of the gradients and v of their squares, m̂ = m/(1-β₁ᵗ) and
-    v̂ = v/(1-β₂ᵗ) after t steps, and η the learning rate.
+    v̂ = v/(1-β₂ᵗ) after t steps, η the learning rate, and ε = 1e-8.
     groups: as `Optimizer` takes them, with "weight_decay". A weight without a gradient stays as it is.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float = 1e-8):
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
         super().__init__([{"lr": lr, **group} for group in groups])
-        self.betas, self.eps = betas, eps
+        self.betas = betas
 
     @torch.no_grad()
     def step(self) -> None:
@@ -129,7 +129,7 @@ class AdamW(Optimizer):
             torch._fused_adamw_(
                 [local(weight) for weight in weights], gradients, means, mean_squares, [], steps,
                 lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
-                eps=self.eps, amsgrad=False, maximize=False,
+                eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
 
 
