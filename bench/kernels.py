@@ -219,7 +219,7 @@ def main() -> None:
         error = (done.stderr.strip().splitlines() or [""])[-1]
         print(done.stdout.strip() if not done.returncode else f"| {int(gpu) / 10} | {network} | {head_dim} | {dtype} "
               f"| | | | {error[:200]} |", flush=True)  # fmt: skip
-    sys.exit(failed > 0)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -90,50 +90,72 @@ static void arrange(const float* x, float* y, int64_t n) {
     for (; k < n; k++) y[k] = x[k];
 }
 
-// The dot products of n weights with each of ROWS arranged rows x (ROWS, n). Several sums are under way at once, since an
-// addition to one must wait for the one before it; they stay in registers, as all loops over them are unrolled. Meanwhile
-// the weights AHEAD bytes further on, of this output or the next ones, are fetched from memory.
-template <int ROWS>
-static inline void dots(const Weight* w, const float* x, int64_t n, float* y) {
-    const int SUMS = VECTORS / ROWS, AHEAD = 512 * PACKED, CACHE_LINE = 64;
-    floats sums[ROWS][SUMS] = {};
+// The dot products of OUTS rows of weights with each of ROWS arranged rows x (ROWS, n), to y (OUTS, R). A number of x that
+// is read serves both rows of weights. Several sums are under way at once, since an addition to one must wait for the one
+// before it; they stay in registers, as all loops over them are unrolled. Meanwhile the weights AHEAD bytes further on, of
+// these outputs or the next ones, are fetched from memory.
+template <int OUTS, int ROWS>
+static inline void dots(const Weight* w, int64_t stride, const float* x, int64_t n, float* y, int64_t R) {
+    const int SUMS = VECTORS > OUTS * ROWS ? VECTORS / (OUTS * ROWS) : 1, AHEAD = 4096, CACHE_LINE = 64;
+    floats sums[OUTS][ROWS][SUMS] = {};
     int64_t k = 0;
     for (; k + BLOCK <= n; k += BLOCK) {
-        const char* here = (const char*)(w + k);
-        for (size_t byte = 0; byte < BLOCK * sizeof(Weight); byte += CACHE_LINE) __builtin_prefetch(here + AHEAD + byte);
+        #pragma GCC unroll 2
+        for (int o = 0; o < OUTS; o++) {
+            const char* far = (const char*)(w + o * stride + k) + AHEAD;
+            for (size_t byte = 0; byte < BLOCK * sizeof(Weight); byte += CACHE_LINE) __builtin_prefetch(far + byte);
+        }
         #pragma GCC unroll 8
         for (int i = 0; i < VECTORS; i++) {
-            const floats weights = unpack(w, *(const words*)(here + i / PACKED * sizeof(words)), i % PACKED);
+            floats weights[OUTS];
+            #pragma GCC unroll 2
+            for (int o = 0; o < OUTS; o++)
+                weights[o] = unpack(w, ((const words*)(w + o * stride + k))[i / PACKED], i % PACKED);
             #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) sums[r][i % SUMS] += weights * *(const floats*)(x + r * n + k + i * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const floats numbers = *(const floats*)(x + r * n + k + i * LANES);
+                #pragma GCC unroll 2
+                for (int o = 0; o < OUTS; o++) sums[o][r][i % SUMS] += weights[o] * numbers;
+            }
         }
     }
-    #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-        #pragma GCC unroll 8
-        for (int i = 1; i < SUMS; i++) sums[r][0] += sums[r][i];
-        y[r] = 0;
-        for (int j = 0; j < LANES; j++) y[r] += sums[r][0][j];
-        for (int64_t j = k; j < n; j++) y[r] += float(w[j]) * x[r * n + j];
-    }
+    #pragma GCC unroll 2
+    for (int o = 0; o < OUTS; o++)
+        #pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            float dot = 0;
+            #pragma GCC unroll 8
+            for (int i = 1; i < SUMS; i++) sums[o][r][0] += sums[o][r][i];
+            for (int j = 0; j < LANES; j++) dot += sums[o][r][0][j];
+            for (int64_t j = k; j < n; j++) dot += float(w[o * stride + j]) * x[r * n + j];
+            y[o * R + r] = dot;
+        }
+}
+
+// OUTS outputs of y (R, out) = l(x), from o on, for arranged x (R, n). sums: room for OUTS·R numbers.
+template <int OUTS>
+static inline void outputs(const Linear& l, int64_t o, const float* x, float* y, int64_t R, bool add, float* sums) {
+    const Weight* w = l.W + o * l.stride;
+    int64_t r = 0;
+    for (; r + 4 <= R; r += 4) dots<OUTS, 4>(w, l.stride, x + r * l.n, l.n, sums + r, R);
+    for (; r + 2 <= R; r += 2) dots<OUTS, 2>(w, l.stride, x + r * l.n, l.n, sums + r, R);
+    for (; r < R; r++) dots<OUTS, 1>(w, l.stride, x + r * l.n, l.n, sums + r, R);
+    for (int64_t i = 0; i < OUTS; i++)
+        for (r = 0; r < R; r++) {
+            const float value = sums[i * R + r] * (l.s ? l.s[o + i] : 1) + (l.b ? l.b[o + i] : 0);
+            float& place = y[r * l.out + o + i];
+            place = add ? place + value : value;
+        }
 }
 
 // y (R, out) = l(x) for given x (R, n), or y += l(x). A weight is read from memory once for all rows.
 static void linear(const Linear& l, const float* given, float* y, int64_t R, bool add = false) {
-    float *x = new float[R * l.n], *sums = new float[R];  // each thread's own
+    float *x = new float[R * l.n], *sums = new float[2 * R];  // each thread's own
     for (int64_t r = 0; r < R; r++) arrange(given + r * l.n, x + r * l.n, l.n);
     #pragma omp for
-    for (int64_t o = 0; o < l.out; o++) {
-        const Weight* w = l.W + o * l.stride;
-        int64_t r = 0;
-        for (; r + 4 <= R; r += 4) dots<4>(w, x + r * l.n, l.n, sums + r);
-        for (; r + 2 <= R; r += 2) dots<2>(w, x + r * l.n, l.n, sums + r);
-        for (; r < R; r++) dots<1>(w, x + r * l.n, l.n, sums + r);
-        for (r = 0; r < R; r++) {
-            const float value = sums[r] * (l.s ? l.s[o] : 1) + (l.b ? l.b[o] : 0);
-            y[r * l.out + o] = add ? y[r * l.out + o] + value : value;
-        }
-    }
+    for (int64_t o = 0; o < l.out; o += 2)
+        if (o + 1 < l.out) outputs<2>(l, o, x, y, R, add, sums);
+        else outputs<1>(l, o, x, y, R, add, sums);
     delete[] x;
     delete[] sums;
 }
@@ -190,33 +212,40 @@ static void place(const Layer& block, const Config& c, const Step& t, float* qkv
     }
 }
 
-// y (R, H, D) = softmax(q·kᵀ/√D + bias)·v for the queries of qkv. model.py: attention.
+// y (R, H, D) = softmax(q·kᵀ/√D + bias)·v for the queries of qkv. model.py: attention. Keys that a bias of -∞ hides, as it
+// hides from a beam what the others have put there, are left out.
 static void attend(const Config& c, const Step& t, const float* qkv, float* y, int64_t layer) {
     const int64_t H = c.n_head, K = c.n_kv_head, D = c.head_dim;
     float* p = new float[t.S];  // each thread's own
+    int64_t* seen = new int64_t[t.S];
     #pragma omp for
     for (int64_t i = 0; i < t.B * t.T * H; i++) {
         const int64_t row = i / H, h = i % H, b = row / t.T, cache = layer * t.layer + b * t.b + h / (H / K) * t.head;
         const float *q = qkv + (row * (H + 2 * K) + h) * D, *k = t.k + cache, *v = t.v + cache;
         const float* bias = t.bias ? t.bias + b * t.bias_b + h * t.bias_h + row % t.T * t.bias_t : nullptr;
         float top = -INFINITY, total = 0;
-        for (int64_t j = 0; j < t.S; j++) {
+        int64_t S = 0;
+        for (int64_t j = 0; j < t.S; j++)
+            if (!bias || bias[j] != -INFINITY) seen[S++] = j;
+        for (int64_t s = 0; s < S; s++) {
+            const int64_t j = seen[s];
             float dot = 0;
             #pragma omp simd reduction(+ : dot)
             for (int64_t d = 0; d < D; d++) dot += q[d] * k[j * D + d];
-            p[j] = dot / std::sqrt(float(D)) + (bias ? bias[j] : 0);
-            top = p[j] > top ? p[j] : top;
+            p[s] = dot / std::sqrt(float(D)) + (bias ? bias[j] : 0);
+            top = p[s] > top ? p[s] : top;
         }
-        for (int64_t j = 0; j < t.S; j++) total += p[j] = std::exp(p[j] - top);
+        for (int64_t s = 0; s < S; s++) total += p[s] = std::exp(p[s] - top);
         float* sum = y + i * D;
         memset(sum, 0, D * sizeof(float));
-        for (int64_t j = 0; j < t.S; j++) {
-            const float weight = p[j] / total;
+        for (int64_t s = 0; s < S; s++) {
+            const float weight = p[s] / total;
             #pragma omp simd
-            for (int64_t d = 0; d < D; d++) sum[d] += weight * v[j * D + d];
+            for (int64_t d = 0; d < D; d++) sum[d] += weight * v[seen[s] * D + d];
         }
     }
     delete[] p;
+    delete[] seen;
 }
 
 static float silu(float x) { return x / (1 + std::exp(-x)); }

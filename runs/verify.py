@@ -88,7 +88,7 @@ def main() -> None:
         damaged += bool(found)
         if not found:
             print(f"{folder}: intact")
-    sys.exit(bool(damaged))
+    sys.exit(1 if damaged else 0)
 
 
 if __name__ == "__main__":
