@@ -63,9 +63,9 @@ struct Step {
 // Vectors of the processor, on which + and * work element by element. (GCC and Clang have them. may_alias and aligned:
 // they are read from arrays of other types, wherever these begin.)
 #ifdef __AVX512F__
-const int LANES = 16;
+const int LANES = 16, OUTPUTS = 2;  // how many rows of weights are multiplied at once
 #else
-const int LANES = 8;
+const int LANES = 8, OUTPUTS = 1;
 #endif
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
@@ -90,13 +90,13 @@ static void arrange(const float* x, float* y, int64_t n) {
     for (; k < n; k++) y[k] = x[k];
 }
 
-// The dot products of OUTS rows of weights with each of ROWS arranged rows x (ROWS, n), to y (OUTS, R). A number of x that
-// is read serves both rows of weights. Several sums are under way at once, since an addition to one must wait for the one
-// before it; they stay in registers, as all loops over them are unrolled. Meanwhile the weights AHEAD bytes further on, of
-// these outputs or the next ones, are fetched from memory.
+// The dot products of OUTS rows of weights with each of ROWS arranged rows x (ROWS, n), to y (OUTS, R). Several sums are
+// under way at once, since an addition to one must wait for the one before it; they stay in registers, as all loops over
+// them are unrolled. Meanwhile the weights AHEAD bytes further on, of these outputs or the next ones, are fetched from
+// memory.
 template <int OUTS, int ROWS>
 static inline void dots(const Weight* w, int64_t stride, const float* x, int64_t n, float* y, int64_t R) {
-    const int SUMS = VECTORS > OUTS * ROWS ? VECTORS / (OUTS * ROWS) : 1, AHEAD = 4096, CACHE_LINE = 64;
+    const int SUMS = VECTORS > OUTS * ROWS ? VECTORS / (OUTS * ROWS) : 1, AHEAD = 512 * PACKED, CACHE_LINE = 64;
     floats sums[OUTS][ROWS][SUMS] = {};
     int64_t k = 0;
     for (; k + BLOCK <= n; k += BLOCK) {
@@ -150,11 +150,11 @@ static inline void outputs(const Linear& l, int64_t o, const float* x, float* y,
 
 // y (R, out) = l(x) for given x (R, n), or y += l(x). A weight is read from memory once for all rows.
 static void linear(const Linear& l, const float* given, float* y, int64_t R, bool add = false) {
-    float *x = new float[R * l.n], *sums = new float[2 * R];  // each thread's own
+    float *x = new float[R * l.n], *sums = new float[OUTPUTS * R];  // each thread's own
     for (int64_t r = 0; r < R; r++) arrange(given + r * l.n, x + r * l.n, l.n);
     #pragma omp for
-    for (int64_t o = 0; o < l.out; o += 2)
-        if (o + 1 < l.out) outputs<2>(l, o, x, y, R, add, sums);
+    for (int64_t o = 0; o < l.out; o += OUTPUTS)
+        if (o + OUTPUTS <= l.out) outputs<OUTPUTS>(l, o, x, y, R, add, sums);
         else outputs<1>(l, o, x, y, R, add, sums);
     delete[] x;
     delete[] sums;
