@@ -3,7 +3,7 @@
 Notable:
 - a file is written under a unique temporary name, synced to the disk and renamed. A kill or a power loss at any moment
   therefore leaves the old file or the new one, and two writers never mix their content;
-- an error of writing names the file, and for a full disk it says what to do.
+- an error of writing names the file, and says what to do.
 """
 
 import errno
@@ -14,6 +14,7 @@ import secrets
 import shutil
 import socket
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,6 +24,11 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # disk, quota or file size
+ADVICE = {
+    **dict.fromkeys(FULL_DISK, "free some space there, or choose another place, and run the command again"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of this path is a file, not a folder"),
+    errno.ENAMETOOLONG: "choose a shorter one",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,6 +40,12 @@ class WriteError(OSError):
 
     def __str__(self) -> str:
         return f"cannot write {self.filename}: {self.strerror}"
+
+
+def explained(error: OSError) -> str:
+    """The system's words for an error, and what to do."""
+    words = error.strerror or str(error)
+    return f"{words}; {ADVICE[error.errno]}" if error.errno in ADVICE else words
 
 
 @contextmanager
@@ -50,10 +62,7 @@ def errors_name(path: str | os.PathLike) -> Iterator[None]:
         folder = os.path.dirname(os.path.realpath(path))
         if error.filename is not None and not Path(os.path.realpath(error.filename)).is_relative_to(folder):
             raise
-        reason = error.strerror or str(error)
-        if error.errno in FULL_DISK:
-            reason += "; free some space there, or choose another place, and run the command again"
-        raise WriteError(error.errno, reason, os.fspath(path)) from error
+        raise WriteError(error.errno, explained(error), os.fspath(path)) from error
 
 
 @contextmanager
@@ -81,8 +90,15 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             os.replace(temporary, target)
             sync(target.parent)
         except BaseException:  # a full disk, a folder of that name, Ctrl-C
-            temporary.unlink(missing_ok=True)
+            delete(temporary)
             raise
+
+
+def folder_name(text: str) -> str:
+    """For argparse: the name of a folder, with ~ expanded. Raises ArgumentTypeError for "$X" where X is not set."""
+    if not text:
+        raise ArgumentTypeError("the name is empty: name a folder")
+    return os.path.expanduser(text)
 
 
 def check_new(path: Path, option: str) -> None:
@@ -108,10 +124,16 @@ def making(path: Path) -> Iterator[Path]:
             temporary.rename(path)
             sync(path.parent)
     except BaseException:  # also Ctrl-C
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        delete(temporary)
         raise
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()
 
 
 def sync(path: str | os.PathLike) -> None:

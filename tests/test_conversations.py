@@ -157,6 +157,8 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path, prepare):
         (folder / name).write_text('{"format": "plaingpt-corpus"}')
         status, _, errors = prepare("chat", "--input", source, "--output", folder)
         assert status == 1 and sentence in errors and os.listdir(folder) == [name]
+    (tmp_path / "with_meta.json" / "meta.json").write_text("{")  # nor is it a damaged one of ours: we leave a lock file
+    assert "something else" in prepare("chat", "--input", source, "--output", tmp_path / "with_meta.json")[2]
     assert "is a file" in prepare("chat", "--input", source, "--output", source)[2]
     (tmp_path / "mine").mkdir()
     source = source.rename(tmp_path / "mine" / "train.jsonl")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import checksum, locked, read_json, replacing, write_json, write_whole
+from common.files import checksum, locked, making, read_json, replacing, write_json, write_whole
 from common.spread import evenly
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,16 @@ def test_what_cannot_be_written_is_named_whatever_the_reason(tmp_path):
     for path in (tmp_path / "none" / "x", tmp_path / "file" / "x", tmp_path):
         with pytest.raises(OSError, match=f"^cannot write {path}: "):
             write_whole(path, "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_in_place_of_a_folder_is_told_and_nothing_is_left(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/x.gguf: .*; a part of this path is a file, not a folder"):
+        with making(tmp_path / "file" / "x.gguf"):
+            pytest.fail("nothing can be made there")
+    with pytest.raises(OSError, match="aaa: File name too long; choose a shorter one"):
+        write_whole(tmp_path / ("a" * 300), "text")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

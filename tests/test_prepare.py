@@ -208,6 +208,12 @@ def test_a_run_and_a_folder_in_use_are_refused_before_a_vocabulary_is_learned(he
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("name", ["text", "chat", "pairs", "shakespeare_char"])
+def test_an_empty_name_is_not_the_folder_one_is_in(command, tmp_path, name):
+    done = command(name, "--input", tmp_path / "a", *[tmp_path / "b"] * (name == "pairs"), "--output", "")
+    assert done.returncode == 2 and done.stderr.endswith("--output: the name is empty: name a folder\n")
+
+
 def test_bpe_learns_from_the_documents_that_prepare_reads(tmp_path, monkeypatch, capsys):
     documents = [f'the "cat" number {i}\nsat on the mät' for i in range(50)]
     jsonl(tmp_path / "a.jsonl", documents)

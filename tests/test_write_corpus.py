@@ -254,6 +254,26 @@ def test_a_run_is_never_overwritten(tmp_path, name):
         write_corpus(tmp_path / "file", ONE_OF_EACH, CharTokenizer("ab", eot=True))
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [("tokenizer.json", b"{}"), ("train.bin", b"\1"), ("val_00001.bin", b"\1"), ("meta.json", b'{"mine": 1}'),
+     ("meta.json", b"[1]"), ("meta.json", b"{")],
+)  # fmt: skip
+def test_somebody_elses_files_are_never_overwritten(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"holds a {name} that is not a corpus's: name a folder of its own"):
+        write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_a_damaged_corpus_and_one_whose_files_were_being_moved_are_replaced(tmp_path):
+    write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
+    for harm in (lambda: (tmp_path / "meta.json").write_text("{"), lambda: (tmp_path / "meta.json").unlink()):
+        harm()
+        write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))
+        Corpus(tmp_path).verify()
+
+
 @pytest.mark.parametrize("room, name", [(1000, "train_00000.bin"), (20, "tokenizer.json"), (400, "meta.json")])
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path, room, name):
     write_corpus(tmp_path, ONE_OF_EACH, CharTokenizer("ab", eot=True))

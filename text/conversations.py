@@ -23,6 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.files import explained, folder_name
 from common.textfile import unique_fields
 from text.chat import EMPTY_ANSWER, BadConversation, Message
 from text.conversation_forms import messages_of
@@ -241,7 +242,7 @@ def conversation_parser(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "; default: %(default)s" if output else ""
     text = f"folder to write train.jsonl and val.jsonl to{default}"
-    parser.add_argument("--output", default=output, required=output is None, type=expanduser, metavar="DIR", help=text)
+    parser.add_argument("--output", default=output, required=output is None, type=folder_name, metavar="DIR", help=text)
     either = parser.add_mutually_exclusive_group()
     text = "share kept for validation; default: %(default)s"
     either.add_argument("--val_fraction", default=val_fraction, type=float, metavar="F", help=text)
@@ -327,7 +328,7 @@ def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
         try:
             meta = json.loads((folder / META).read_bytes())
         except (OSError, ValueError, RecursionError):
-            meta = FORMAT  # a damaged one is replaced
+            meta = FORMAT if (folder / ".lock").exists() else None  # our own damaged one is replaced
         if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
             found = f"holds the {META} of something else"
     elif own := [f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]:
@@ -346,10 +347,10 @@ def check_sources(folder: Path, sources: Sequence[str | Path]) -> None:
 
 def replace_together(folder: Path, contents: dict[str, bytes]) -> None:
     """Write all files under temporary names, then rename them in this order, under a lock."""
-    folder.mkdir(parents=True, exist_ok=True)
     targets = {Path(os.path.realpath(folder / name)): content for name, content in contents.items()}  # follow links
     temporary = {path: path.with_name(path.name + ".tmp") for path in targets}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
             try:
                 for path, content in targets.items():
@@ -365,8 +366,7 @@ def replace_together(folder: Path, contents: dict[str, bytes]) -> None:
     except Timeout:
         raise ValueError(f"another prepare.py has been writing to {folder} for {LOCK_SECONDS} seconds") from None
     except OSError as error:
-        advice = "free some space, or name another --output, and prepare again"
-        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; {advice}") from None
+        raise ValueError(f"cannot write to {folder}: {explained(error)}") from None
 
 
 def _text_bytes(messages: list[Message]) -> int:

@@ -75,17 +75,38 @@ def write_corpus(
 def hold_for_writing(folder: str | os.PathLike) -> Iterator[None]:
     """Make `folder`, lock it against other writers, and delete the temporary folders of killed processes.
 
-    Raises ValueError if `folder` is a file or a run, or if another process holds the lock.
+    Raises ValueError if `folder` is a file or a run, if it holds files of the same names that are not a corpus's, or if
+    another process holds the lock.
     """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"--output={folder} is a file: name a folder")
     if (folder / "config.json").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--output={folder} is a run, whose tokenizer would be lost: name a folder of its own")
+    if foreign := _foreign_file(folder):
+        raise ValueError(f"--output={folder} holds a {foreign} that is not a corpus's: name a folder of its own")
     with locked(folder, "choose another --output"):
         for leftover in folder.glob(f"{TEMPORARY}*/"):
             shutil.rmtree(leftover)
         yield
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """Return the name of a file that a corpus would replace, but that belongs to something else, if there is one.
+
+    A lock file, which a preparation that was killed leaves too, tells our own unfinished or damaged files.
+    """
+    meta = folder / META
+    try:
+        content = json.loads(meta.read_bytes()) if meta.exists() else {}
+        if content and not (isinstance(content, dict) and content.get("format") == FORMAT["format"]):
+            return META
+    except (OSError, ValueError, RecursionError):
+        content = {}
+    if content or not folder.is_dir() or (folder / ".lock").exists():
+        return None
+    names = sorted(path.name for path in folder.iterdir())
+    return next((name for name in names if name in (META, FILE_NAME) or NAME.fullmatch(name)), None)
 
 
 def write_held_corpus(

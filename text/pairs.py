@@ -17,7 +17,7 @@ from itertools import zip_longest
 from os.path import expanduser
 from pathlib import Path
 
-from common.files import read_json
+from common.files import folder_name, read_json
 from common.textfile import check_text, json_values, split_text, text_parts
 from text.conversations import check_sources, replace_together
 from text.corpus import META
@@ -103,7 +103,7 @@ def pair_parser(description: str, output: Path | None, tokenizer: str | None = N
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "; default: %(default)s" if output else ""
     text = f"folder to write train.jsonl, val.jsonl and the tokenizer to{default}"
-    parser.add_argument("--output", default=output, required=output is None, type=expanduser, metavar="DIR", help=text)
+    parser.add_argument("--output", default=output, required=output is None, type=folder_name, metavar="DIR", help=text)
     text = "share kept for validation; default: %(default)s"
     parser.add_argument("--val_fraction", default=0.02, type=float, metavar="F", help=text)
     either = parser.add_mutually_exclusive_group()
@@ -163,7 +163,7 @@ def check_output(folder: Path, sources: Sequence[str] = ()) -> None:
         try:
             meta = read_json(folder / META, "a data set")
         except ValueError:
-            meta = FORMAT  # a damaged one is replaced
+            meta = FORMAT if (folder / ".lock").exists() else {"format": None}  # our own damaged one is replaced
     foreign = ["config.json", "checkpoints", "train.bin"]
     if not (folder / META).exists():
         foreign += [FILE_NAME, *(f"{split}.jsonl" for split in SPLITS)]

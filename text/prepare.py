@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpe
-from common.files import checksum, replacing
+from common.files import checksum, folder_name, replacing
 from text.corpus import hold_for_writing, write_held_corpus
 from text.documents import Document, Documents, Reading, add_reading_options, hub_documents, parts_of
 from text.parts import is_done, join, part_folder, part_of
@@ -40,7 +40,7 @@ def corpus_parser(
         "--output",
         default=output,
         required=output is None,
-        type=expanduser,
+        type=folder_name,
         metavar="DIR",
         help="folder to write the corpus to" + (f"; {default}" if output else ""),
     )

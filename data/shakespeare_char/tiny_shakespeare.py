@@ -6,6 +6,7 @@ import sys
 from os.path import expanduser
 from pathlib import Path
 
+from common.files import folder_name
 from common.textfile import read_text
 from text.documents import Document
 from text.prepare import download
@@ -22,7 +23,7 @@ def shakespeare_parser(description: str, output: Path) -> argparse.ArgumentParse
     text = "read the text from FILE instead of downloading it"
     parser.add_argument("--input", type=expanduser, metavar="FILE", help=text)
     text = "corpus folder; default: %(default)s"
-    parser.add_argument("--output", default=output, type=expanduser, metavar="DIR", help=text)
+    parser.add_argument("--output", default=output, type=folder_name, metavar="DIR", help=text)
     return parser
 
 
