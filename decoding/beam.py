@@ -150,11 +150,10 @@ def beam_search(
             logits = step_beams(model, live, last, cache, visible)
         total = torch.tensor([[beam.logprob for beam in search.open] for search in live], device=logits.device)
         logprobs = logits[:, :, :vocab_size].float().log_softmax(-1) + total[:, :, None]  # (B, W, V)
-        best, tokens = logprobs.topk(n := min(2 * W, logprobs.size(2)))  # of each beam: two threads share the beams
+        best, tokens = logprobs.topk(n := min(2 * W, logprobs.size(2)))  # of each beam: topk's threads share out rows
         best, where = best.flatten(1).topk(min(2 * W, best[0].numel()))
         check_finite(best[:, 0].sum().item())
-        tokens = tokens.flatten(1).gather(1, where)
-        candidates = zip(best.tolist(), (where // n).tolist(), tokens.tolist(), strict=True)
+        candidates = zip(*(x.tolist() for x in (best, where // n, tokens.flatten(1).gather(1, where))), strict=True)
         parents = [s.step(list(zip(*c, strict=True))) for s, c in zip(live, candidates, strict=True)]
         going = [b for b, search in enumerate(live) if not search.done]
         if not going:
