@@ -133,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, if_out_of_memory=OUT_OF_MEMORY, outlives_readers=True)
+    cli.run_command(main, if_out_of_memory=OUT_OF_MEMORY)

@@ -323,7 +323,8 @@ def train_or_evaluate(
     optimizers = start.optimizers(model, config, process)
     trainer = Trainer(model, optimizers, task, config, process, start.state)
     process.total(0)  # wait until all processes have read the files that opening the folder may move
-    with RunFolder(run, start, task.tokenizer, config, active=process.rank == 0) as folder:
+    opened = RunFolder(run, start, task.tokenizer, config, active=process.rank == 0)
+    with cli.lasting("stdout"), opened as folder:  # `train.py | head` goes on
         for line in [
             *folder.notes, *notes, *about,
             f"{model.num_params():,} parameters, {process.dtype} on {process.world_size} x {process.device}"
@@ -379,4 +380,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, if_out_of_memory=OUT_OF_MEMORY, outlives_readers=True)
+    cli.run_command(main, if_out_of_memory=OUT_OF_MEMORY)

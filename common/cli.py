@@ -2,7 +2,7 @@
 
 A user's mistake prints one line on stderr and exits with status 1; Ctrl-C prints one line and exits with status 130.
 Any other exception is a bug of ours and keeps its traceback. A command imports this module before any other: importing
-PyTorch takes seconds, and Ctrl-C must print one line even then.
+PyTorch takes seconds, and Ctrl-C must print one line even then. What must be set before that import is set here too.
 """
 
 import errno
@@ -14,9 +14,11 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from common.threads import wait_briefly
 
 # Parts of the messages of PyTorch and NumPy for too little memory, and for a number that does not fit in 64 bits
 OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|ALLOC_FAILED|Storage size"
@@ -34,19 +36,17 @@ DIRECTIONS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u20
 
 
 def run_command(
-    main: Callable[[], None], *, if_out_of_memory: str = "give it less at once, or close other programs",
-    outlives_readers: bool = False,
-) -> None:  # fmt: skip
+    main: Callable[[], None], *, if_out_of_memory: str = "give it less at once, or close other programs"
+) -> None:
     """Call `main()`, and turn every error that a user can cause into one line and an exit status.
 
-    if_out_of_memory: the advice to print when memory runs out; it names the command's options.
-    outlives_readers: whether the command goes on without output when its reader leaves, as in `train.py | head`; other
-    commands end then.
+    if_out_of_memory: the advice to print when memory runs out; it names the command's options. The command ends when
+    its reader leaves, as in `sample.py | head`; what must go on is done under `lasting("stdout")`.
     """
     tolerate_any_text()
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with lasting("stderr"), lasting("stdout") if outlives_readers else nullcontext():
+    with lasting("stderr"):
         try:
             main()
             sys.stdout.flush()
@@ -72,6 +72,8 @@ def run_command(
 
 def message_of(error: Exception, if_out_of_memory: str) -> str | None:
     """Return the line that explains this error to the user; None if the error is a bug of ours."""
+    from common.files import WriteError, explained  # takes a tenth of a second, in which Ctrl-C would not be ours yet
+
     text = " ".join(str(error).split()) or type(error).__name__
     words = {RuntimeError: OUT_OF_MEMORY, ValueError: ARRAY_TOO_BIG, MemoryError: ""}
     if any(isinstance(error, kind) and re.search(pattern, text) for kind, pattern in words.items()):
@@ -79,6 +81,8 @@ def message_of(error: Exception, if_out_of_memory: str) -> str | None:
         return f"out of memory: {if_out_of_memory} ({text[:200]})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return f"{error.strerror}: free some space on the disk, and run the command again"
+    if isinstance(error, OSError) and error.filename and error.strerror and not isinstance(error, WriteError):
+        return f"{error.filename}: {explained(error)}"
     if isinstance(error, ValueError | OSError):
         return text
     if isinstance(error, OverflowError) or isinstance(error, RuntimeError | TypeError) and re.search(TOO_LARGE, text):
@@ -132,8 +136,10 @@ def is_command() -> bool:
     return ours and "site-packages" not in path.parts
 
 
-if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_at_once)
+if is_command():
+    wait_briefly()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,10 +185,11 @@ class LastingStream:
 def lasting(name: str) -> Iterator[None]:
     """Replace sys.stdout or sys.stderr, as `name` says, by a LastingStream during the block."""
     stream = getattr(sys, name)
-    setattr(sys, name, LastingStream(stream))
+    setattr(sys, name, lasts := LastingStream(stream))
     try:
         yield
     finally:
+        lasts.flush()
         setattr(sys, name, stream)
 
 

@@ -1,11 +1,14 @@
 """Whole command lines: what a user types, what comes out, and how mistakes are told."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from common.threads import SPINS
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +53,15 @@ def test_a_mistake_in_training_is_one_clear_line(corpus_folder, tmp_path):
 def test_help_lists_the_keys(script):
     done = run(script, "--help")
     assert done.returncode == 0 and "--out_dir=out/pydocs" in done.stdout and "--seed=1337" in done.stdout
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="GNU's OpenMP on x86-64")
+@pytest.mark.parametrize(("given", "spins"), [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                              ({"OMP_WAIT_POLICY": "passive"}, "0")])  # fmt: skip
+def test_openmp_waits_briefly_unless_the_user_says_otherwise(given, spins):
+    """OpenMP says at its start, on stderr, what it has found in the environment."""
+    done = run("train.py", "--help", env=given | {"OMP_DISPLAY_ENV": "verbose"})
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_a_run_moves_aside_for_a_new_one_of_its_name(corpus_folder, tmp_path):

@@ -49,7 +49,8 @@ def failing(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "line"),
     [(ValueError("n_layer must be\nat least 1"), "n_layer must be at least 1"), (ValueError(), "ValueError"),
-     (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+     (FileNotFoundError(2, "No such file", "x"), "x: No such file"),
+     (OSError(36, "File name too long", "x"), "x: File name too long; choose a shorter one"),
      (OSError(28, "No space left on device"), "No space left on device: free some space on the disk, and run the"
       " command again")],
 )  # fmt: skip
@@ -157,14 +158,25 @@ def test_training_goes_on_when_nobody_reads_what_it_says(end, closed_pipe, monke
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "c.py"), *options])
     closed_pipe("stdout")
     closed_pipe("stderr")
-    assert end(train.main, outlives_readers=True) == (0, "", "")
+    assert end(train.main) == (0, "", "")
     assert (tmp_path / "r" / "checkpoints" / "step_00000004").is_dir()
     assert len((tmp_path / "r" / "log.jsonl").read_text().splitlines()) == 4 + 3
 
 
-def test_training_that_must_stop_stops_with_its_status_though_nobody_reads(end, closed_pipe):
+def test_what_must_stop_stops_with_its_status_though_nobody_reads(end, closed_pipe):
     closed_pipe("stderr")
-    assert end(failing(ValueError("loss nan")), outlives_readers=True) == (1, "", "")
+    assert end(failing(ValueError("loss nan"))) == (1, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a device that is always full")
+@pytest.mark.parametrize("option", ["--plan", "--help", "--eval_only=True"])
+def test_what_only_prints_fails_where_its_output_cannot_be_written(option, corpus_folder):
+    command = [sys.executable, "train.py", f"--dataset={corpus_folder}", "--n_layer=1", "--eval_iters=1", option]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (
+        1, "error: No space left on device: free some space on the disk, and run the command again\n"
+    )  # fmt: skip
 
 
 def test_other_commands_end_without_a_word_when_their_reader_leaves(end, closed_pipe):
@@ -180,8 +192,12 @@ def test_other_commands_end_without_a_word_when_their_reader_leaves(end, closed_
 
 
 def test_streams_come_back_as_they_were(end):
+    def main() -> None:
+        with cli.lasting("stdout"):
+            print("said")
+
     streams = sys.stdout, sys.stderr
-    assert end(lambda: print("said"), outlives_readers=True) == (0, "said\n", "")
+    assert end(main) == (0, "said\n", "")
     assert (sys.stdout, sys.stderr) == streams
 
 
