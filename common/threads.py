@@ -12,7 +12,7 @@ def wait_briefly() -> None:
     This must be called before PyTorch is imported. GNU's OpenMP, which PyTorch's Linux builds for x86-64 come with,
     otherwise looks 300,000 times whether the others have come, which takes longer than the system's turns. If another
     program wants a core, the thread that waits and the thread that is waited for then keep each other from going on:
-    a training step takes 20 to 40 times as long (RESULTS.md). 20,000 looks are 0.3 to 1 ms, longer than the pauses
+    a training step takes 30 to 50 times as long (RESULTS.md). 20,000 looks are 0.3 to 1 ms, longer than the pauses
     between a step's kernels. What the user has set for OpenMP in the environment stays.
     """
     if platform.machine() in ("x86_64", "AMD64") and "OMP_WAIT_POLICY" not in os.environ:
