@@ -185,6 +185,18 @@ def locked(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
         lock.release()
 
 
+def is_of_another(meta: Path, kind: str) -> bool:
+    """Return whether a meta.json is there that does not state `kind` as its format, and so describes something else.
+
+    A damaged one is our own if a lock file stands beside it, which every preparation leaves.
+    """
+    try:
+        content = json.loads(meta.read_bytes()) if meta.exists() else {"format": kind}
+    except (OSError, ValueError, RecursionError):
+        return not (meta.parent / ".lock").exists()
+    return not isinstance(content, dict) or content.get("format") != kind
+
+
 def is_locked(folder: str | Path) -> bool:
     """Return whether a process holds the lock on the folder; see `locked`. A killed process leaves its file behind."""
     if not (Path(folder) / ".lock.json").exists():

@@ -15,5 +15,5 @@ def wait_briefly() -> None:
     a training step takes 30 to 50 times as long (RESULTS.md). 20,000 looks are 0.3 to 1 ms, longer than the pauses
     between a step's kernels. What the user has set for OpenMP in the environment stays.
     """
-    if platform.machine() in ("x86_64", "AMD64") and "OMP_WAIT_POLICY" not in os.environ:
+    if platform.machine() == "x86_64" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.files import explained, folder_name
+from common.files import explained, folder_name, is_of_another
 from common.textfile import unique_fields
 from text.chat import EMPTY_ANSWER, BadConversation, Message
 from text.conversation_forms import messages_of
@@ -324,15 +324,11 @@ def _check_output(folder: Path, sources: Sequence[str | Path]) -> None:
         found = "holds a run"
     elif any((folder / name).exists() for name in ("train.bin", "val.bin", "tokenizer.json")):
         found = "holds a corpus of text"
-    elif (folder / META).exists():
-        try:
-            meta = json.loads((folder / META).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            meta = FORMAT if (folder / ".lock").exists() else None  # our own damaged one is replaced
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
-            found = f"holds the {META} of something else"
-    elif own := [f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]:
-        found = f"holds a {own[0]} and no {META}, so it is not of this command"
+    elif is_of_another(folder / META, str(FORMAT["format"])):
+        found = f"holds the {META} of something else"
+    elif not (folder / META).exists():
+        if own := [f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]:
+            found = f"holds a {own[0]} and no {META}, so it is not of this command"
     if found:
         raise ValueError(f"--output={folder} {found}: name a folder of its own")
 

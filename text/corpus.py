@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import with_checksum
-from common.files import checksum, locked, read_json, sync, write_json
+from common.files import checksum, is_of_another, locked, read_json, sync, write_json
 from text.documents import Document
 from text.order import drawn
 from text.shards import NAME, SHARD_TOKENS, SPLITS, ShardWriter, Tokens, how_to_prepare, shard_name, shards_of
@@ -94,19 +94,14 @@ def hold_for_writing(folder: str | os.PathLike) -> Iterator[None]:
 def _foreign_file(folder: Path) -> str | None:
     """Return the name of a file that a corpus would replace, but that belongs to something else, if there is one.
 
-    A lock file, which a preparation that was killed leaves too, tells our own unfinished or damaged files.
+    Without a meta.json, a lock file tells what a preparation left that was killed.
     """
-    meta = folder / META
-    try:
-        content = json.loads(meta.read_bytes()) if meta.exists() else {}
-        if content and not (isinstance(content, dict) and content.get("format") == FORMAT["format"]):
-            return META
-    except (OSError, ValueError, RecursionError):
-        content = {}
-    if content or not folder.is_dir() or (folder / ".lock").exists():
+    if is_of_another(folder / META, FORMAT["format"]):
+        return META
+    if not folder.is_dir() or any((folder / name).exists() for name in (META, ".lock")):
         return None
     names = sorted(path.name for path in folder.iterdir())
-    return next((name for name in names if name in (META, FILE_NAME) or NAME.fullmatch(name)), None)
+    return next((name for name in names if name == FILE_NAME or NAME.fullmatch(name)), None)
 
 
 def write_held_corpus(

@@ -17,7 +17,7 @@ from itertools import zip_longest
 from os.path import expanduser
 from pathlib import Path
 
-from common.files import folder_name, read_json
+from common.files import folder_name, is_of_another, read_json
 from common.textfile import check_text, json_values, split_text, text_parts
 from text.conversations import check_sources, replace_together
 from text.corpus import META
@@ -158,17 +158,11 @@ def write_pairs(folder: str | Path, pairs: dict[str, list[Pair]], tokenizer: Tok
 def check_output(folder: Path, sources: Sequence[str] = ()) -> None:
     """Raise ValueError if writing to the folder would destroy something other than pairs, or one of the sources."""
     check_sources(folder, sources)
-    meta = {}
-    if (folder / META).is_file():
-        try:
-            meta = read_json(folder / META, "a data set")
-        except ValueError:
-            meta = FORMAT if (folder / ".lock").exists() else {"format": None}  # our own damaged one is replaced
     foreign = ["config.json", "checkpoints", "train.bin"]
     if not (folder / META).exists():
         foreign += [FILE_NAME, *(f"{split}.jsonl" for split in SPLITS)]
     others = [name for name in foreign if (folder / name).exists()]
-    if folder.is_file() or others or (meta and meta.get("format") != FORMAT["format"]):
+    if folder.is_file() or others or is_of_another(folder / META, str(FORMAT["format"])):
         what = f"something other than pairs{f' (a {others[0]})' if others else ''}"
         raise ValueError(f"--output={folder} holds {what}: name a folder of its own")
 
